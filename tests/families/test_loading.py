@@ -13,7 +13,7 @@ from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
-from trl_diffusion_sdpo.utils.own_errors import is_own
+from trl_diffusion_sdpo.utils.errors import UserError
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
@@ -165,7 +165,7 @@ def test_files_that_are_no_json_objects_are_refused_by_name(copied_folder, part,
     for encoders in (True, False):
         with pytest.raises(ValueError, match=str(copied_folder)) as raised:
             load_pipeline(copied_folder, encoders=encoders)
-        assert is_own(raised.value)
+        assert isinstance(raised.value, UserError)
 
 
 def test_absurd_entries_sizes_and_weights_are_refused_by_name(copied_folder):

@@ -14,6 +14,7 @@ from ..data.dataset import PreferenceDataset
 from ..data.fingerprints import digest_of
 from ..data.images import UndecodableImageError
 from ..data.transforms import PairDraws
+from ..utils.errors import UserError
 from .shards import ShardStore
 
 MOMENTS = "moments"  # name of a tensor in the row of an image
@@ -85,7 +86,7 @@ class ImageRows:
             ValueError: If `draws` is `None` and the cache contains only random crops.
         """
         if self.crops is not None and draws is None:
-            raise ValueError(
+            raise UserError(
                 "An evaluation needs centered crops, but the cache has only random crops of these pairs. Pass other "
                 "pairs as `eval_dataset`, or set `random_crop=False` or `precompute_latents=False`."
             )
@@ -166,7 +167,7 @@ class EncodedPairs:
         digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:
-            raise ValueError(f"The prompt {prompt!r} is not in the cache. Start the run again to add the prompt.")
+            raise UserError(f"The prompt {prompt!r} is not in the cache. Start the run again to add the prompt.")
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:
             raise UndecodableImageError("a source image could not be decoded when the cache was made")

@@ -27,6 +27,7 @@ from ..engines.processes import failing_together
 from ..families import Family
 from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
+from ..utils.errors import UserError
 from ..utils.processes import Peers
 from .encoded_pairs import (
     MOMENTS,
@@ -305,7 +306,7 @@ def check_prompt_padding(setting: str, family: Family, largest_batch: int, promp
         )
         if prompts_of_a_pair > 1:
             advice = f"Each pair has {prompts_of_a_pair} prompts, so even a batch of one pair depends on both. Set"
-        raise ValueError(
+        raise UserError(
             f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts so that "
             f"a prediction depends on the longest prompt of its batch. The largest batch size is {largest_batch}. "
             f"{advice} `{setting}=False`."

@@ -22,6 +22,7 @@ from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
 from ..step.pair_forward import PairForward, eval_mode
+from ..utils.errors import NotFiniteError, UserError
 from ..utils.processes import ALONE, Peers
 from .key import VERSION
 from .shards import ShardStore, complete
@@ -91,7 +92,7 @@ class ReferenceErrors:
 
     def _complete(self, dataset: PreferenceDataset, store: ShardStore, missing: Sequence[np.ndarray]) -> None:
         if not self._reference.can_predict:
-            raise ValueError(
+            raise UserError(
                 f"The errors of the reference on the {dataset.report.name} data must be computed before "
                 "training. Pass the data as `eval_dataset` when you construct the trainer."
             )
@@ -183,7 +184,7 @@ class ReferenceErrors:
         computed = computed.view(2, len(padded)).T[: len(rows)].cpu()  # (2B,) -> (B, 2)
         bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Errors of the reference must be finite, but the errors of the pairs {bad[:8]} are not. Check "
                 "the images of these pairs, or use bf16 instead of fp16."
             )

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..utils.disk import DiskFullError, naming_the_disk
+from ..utils.errors import UserError
 from ..utils.files import write_atomically
 from ..utils.identity import differences, listed, read_description
 from ..utils.locks import FolderLock
@@ -90,7 +91,7 @@ class ShardStore:
                 return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
         except (OSError, SafetensorError) as error:
             problem = error
-        raise ValueError(
+        raise UserError(
             f"Row {row} of the cache {self.path} cannot be read: {problem}. A cache must stay as it is while a run "
             "reads it. Start the run again, which computes the missing rows."
         )
@@ -122,7 +123,7 @@ class ShardStore:
     def _rows_in(self, file: Path) -> list[int]:
         with safe_open(file, "pt") as shard:
             if (shard.metadata() or {}).get("key") != self.path.name:
-                raise ValueError("it was written for another cache")
+                raise UserError("it was written for another cache")
             rows = {int(name.partition(".")[0]) for name in shard.keys()}  # noqa: SIM118
         return [row for row in rows if row < len(self)]
 
@@ -137,7 +138,7 @@ class ShardStore:
         except DiskFullError:
             raise
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"A cache needs a folder that this run can read and, if rows are missing, write. {self.path} is not "
                 f"such a folder: {error}. Choose another `precompute_dir`, or change the permissions of this folder."
             ) from error
@@ -187,7 +188,7 @@ def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list
                 compute(missing)
             if not any(peers.gather_results(lacks_rows)):
                 return
-    raise ValueError(
+    raise UserError(
         "All processes must see all files of the cache, but some processes do not see all files in "
         f"{stores[0].path}. Choose a `precompute_dir` on storage that all processes share."
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from ..utils.errors import UserError
 from . import EXIT_OK
 from .images import add_image_options, candidate_of, finish, image_settings, listed_prompts, load_scorers, show_log
 from .options import OneLineParser
@@ -105,9 +106,7 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
         return candidates
     base, *tuned = candidates
     if not tuned:
-        raise ValueError(
-            "`--scales` scales the models after the first one, the base, and got the base alone. Add one."
-        )
+        raise UserError("`--scales` scales the models after the first one, the base, and got the base alone. Add one.")
     return [base, *(scaled for candidate in tuned for scaled in at_scales(candidate, options.scales))]
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..utils.errors import UserError
 from .errors import reading_data
 from .train_parser import is_first_process
 
@@ -94,7 +95,7 @@ def candidate_of(text: str) -> Candidate:
 
     name, _, source = text.partition("=")
     if not source:
-        raise ValueError(
+        raise UserError(
             f"Each entry of `--models` must be NAME=MODEL, got {text!r}. Put a name and `=` before the model."
         )
     # Paths may contain `@` and `+`: of all readings, take the first one whose parts are existing paths or Hub ids.
@@ -103,7 +104,7 @@ def candidate_of(text: str) -> Candidate:
     try:
         number = float(scale) if scale else None
     except ValueError as error:
-        raise ValueError(f"The scale after `@` must be a number, got {scale!r} in {text!r}. Correct it.") from error
+        raise UserError(f"The scale after `@` must be a number, got {scale!r} in {text!r}. Correct it.") from error
     return Candidate(name, model, lora or None, number)
 
 
@@ -139,7 +140,7 @@ def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scor
     """Load the scorers that `--scorers` names, with the settings from `--scorer_settings`."""
     for name, values in settings.items():
         if name not in names or not isinstance(values, dict):
-            raise ValueError(
+            raise UserError(
                 f"`--scorer_settings` must map names of `--scorers` to settings, got {name!r}: {values!r}. "
                 'Example: {"hpsv2.1": {"batch_size": 4}}.'
             )

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..utils.errors import UserError
 from . import EXIT_INTERRUPTED, EXIT_OK
 from .options import option_name, read_yaml, refuse_unknown
 
@@ -37,7 +38,7 @@ def config_path(name: str) -> Path:
         return CONFIGS / f"{name}.yaml"
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"`--accelerate_config` must be one of {', '.join(config_names())}, or the path of an "
             f"accelerate configuration, got {name!r}."
         )
@@ -61,7 +62,7 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
             these names.
     """
     if "LOCAL_RANK" in os.environ:
-        raise ValueError(
+        raise UserError(
             "`accelerate_config` makes this command start the training processes, but torchrun or `accelerate launch` "
             "has already started them. Leave out `accelerate_config`. With `accelerate launch`, pass the configuration "
             "as `--config_file`."
@@ -78,7 +79,7 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
 
         devices = torch.accelerator.device_count()
         if devices == 0:
-            raise ValueError("The number of processes is unknown on a machine without GPUs. Set `--num_processes`.")
+            raise UserError("The number of processes is unknown on a machine without GPUs. Set `--num_processes`.")
         machines = parsed.num_machines or int(settings.get("num_machines", 1))
         words = ["--num_processes", str(devices * machines), *words]
     return ["--config_file", str(file), *words]

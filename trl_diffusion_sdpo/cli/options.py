@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..utils.errors import UserError
 from ..utils.hints import did_you_mean, other_tools_option
 from ..utils.renamed import renamed_setting
 
@@ -34,7 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")  # before Python 3.14, `-1e-4` is taken for an option
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise UserError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -91,10 +92,10 @@ def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
     for word in words:
         name = option_name(word)
         if name is None:
-            raise ValueError(f"Each word must belong to an option that begins with `--`, got {word!r}. Remove it.")
+            raise UserError(f"Each word must belong to an option that begins with `--`, got {word!r}. Remove it.")
         moved = renamed_setting(name)
         hint = f" {moved}" if moved else other_tools_option(name, known) or did_you_mean(name, known, prefix="--")
-        raise ValueError(f"`--{name}` is not an option of this command.{hint} `--help` lists all options.")
+        raise UserError(f"`--{name}` is not an option of this command.{hint} `--help` lists all options.")
 
 
 def option_name(word: str) -> str | None:
@@ -110,7 +111,7 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
         parser.add_argument(f"--{name}")
         given = [word for word in arguments if word.partition("=")[0] == f"--{name}"]
         if len(given) > 1:
-            raise ValueError(f"`--{name}` takes one value, and is given {len(given)} times. Keep one of them.")
+            raise UserError(f"`--{name}` takes one value, and is given {len(given)} times. Keep one of them.")
     taken, rest = parser.parse_known_args(arguments)
     return vars(taken), rest
 
@@ -129,17 +130,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = path.read_text(encoding="utf-8")
         for token in yaml.scan(content):
             if isinstance(token, yaml.AliasToken):
-                raise ValueError(f"aliases are not allowed, got `*{token.value}`. Copy the values.")
+                raise UserError(f"aliases are not allowed, got `*{token.value}`. Copy the values.")
         settings = yaml.safe_load(content)
         texts = yaml.load(content, Loader=yaml.BaseLoader)
         for name in _names_set_twice(yaml.compose(content)):
-            raise ValueError(f"each name must be set once, and `{name}` is set twice. Remove one of them.")
+            raise UserError(f"each name must be set once, and `{name}` is set twice. Remove one of them.")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(settings, dict):
-        raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
+        raise UserError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     set_ones = {name: value for name, value in settings.items() if value is not None}
     return {
         name: value if isinstance(value, (dict, list)) else texts.get(name, value) for name, value in set_ones.items()

@@ -14,6 +14,7 @@ from trl import ScriptArguments
 from ..data.holdout import hold_out
 from ..data.loading import has_one_split, load_pairs
 from ..data.mixtures import PairMixture
+from ..utils.errors import UserError
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
@@ -79,17 +80,17 @@ class PairArguments(ScriptArguments):
     def __post_init__(self):
         self.sets = _read_sets(self.datasets)
         if self.sets and self.dataset_name is not None:
-            raise ValueError(
+            raise UserError(
                 f"Only one of `datasets` and `dataset_name` can name the training pairs, got both (`dataset_name` is "
                 f"{self.dataset_name}). Move this data set into `datasets`, or leave out one of the two options."
             )
         size = self.test_size
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
-            raise ValueError(
+            raise UserError(
                 f"`test_size` must be a share in (0, 1) or a whole number of rows, got {size}. Example: 0.05."
             )
         if size is not None and self.eval_dataset_name is not None:
-            raise ValueError(
+            raise UserError(
                 "Only one of `test_size` and `eval_dataset_name` can choose the evaluation pairs, got both. Leave out "
                 "one of the two options."
             )
@@ -102,17 +103,17 @@ def _read_sets(value: Any) -> list[PairSet]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {value!r}.") from error
+            raise UserError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {value!r}.") from error
     try:
         sets = [PairSet(**entry) for entry in value]
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             "`datasets` must be a list of mappings, each with a `path`, and optionally `name`, `split`, `weight` and "
             f"`dataset_format`. Got {value!r}."
         ) from error
     weighted = [entry.weight is not None for entry in sets]
     if any(weighted) and not all(weighted):
-        raise ValueError(
+        raise UserError(
             f"`weight` must be set for all entries of `datasets` or for none, got {[entry.weight for entry in sets]}."
         )
     return sets
@@ -137,7 +138,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         logger.info("The run evaluates at the end of every epoch. Set `eval_strategy` to evaluate at other times.")
     evaluates = training_args.eval_strategy != "no"
     if evaluates and size is not None and script_args.dataset_streaming:
-        raise ValueError(
+        raise UserError(
             f"`test_size={size}` cannot hold out pairs of a stream, because its length and prompts are not known. Name "
             "evaluation pairs with `eval_dataset_name`, or leave out `dataset_streaming`."
         )
@@ -166,7 +167,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
 def _only_set(script_args: ScriptArguments) -> PairSet:
     name = script_args.dataset_name
     if name is None:
-        raise ValueError(
+        raise UserError(
             "`dataset_name` must be the Hub id, folder or file of a preference data set, got none. Set it."
         )
     return PairSet(name, script_args.dataset_config, script_args.dataset_train_split)
@@ -186,12 +187,12 @@ def _load_evaluation(script_args: PairArguments) -> Any:
     """Load the test split of `eval_dataset_name` or, if that option is unset, of `dataset_name`."""
     name = script_args.eval_dataset_name or script_args.dataset_name
     if name is None:
-        raise ValueError(f"`eval_strategy` needs evaluation pairs, and `datasets` has no default. {_HOW_TO_EVALUATE}")
+        raise UserError(f"`eval_strategy` needs evaluation pairs, and `datasets` has no default. {_HOW_TO_EVALUATE}")
     config = None if Path(name).expanduser().exists() else script_args.dataset_config
     try:
         return _load_set(PairSet(name, config, script_args.dataset_test_split), script_args)
     except ValueError as error:
-        raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
+        raise UserError(f"{error} {_HOW_TO_EVALUATE}") from error
 
 
 def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None:
@@ -204,7 +205,7 @@ def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None
         return
     is_whole = "[" not in split or "[" not in trained.split
     if split == trained.split or (is_whole and has_one_split(path)):
-        raise ValueError(
+        raise UserError(
             "Evaluation pairs must not be training pairs. `eval_dataset_name` or `dataset_test_split` names the split "
             f"{trained.split} of {trained.path}, which is trained on. {_HOW_TO_EVALUATE}"
         )

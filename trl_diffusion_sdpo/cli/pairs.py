@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+from ..utils.errors import UserError
 from . import EXIT_OK
 from .errors import reading_data
 from .images import (
@@ -123,7 +124,7 @@ def _generate(options: argparse.Namespace) -> None:
     needed = options.prompts if reads_prompts else options.from_images
     excluded = options.from_images if reads_prompts else options.prompts
     if needed is None or excluded is not None:
-        raise ValueError(
+        raise UserError(
             f"The recipe `{options.recipe}` needs {'`--prompts`' if reads_prompts else '`--from_images`'} and not "
             f"{'`--from_images`' if reads_prompts else '`--prompts`'}. Got `--prompts {options.prompts}` and "
             f"`--from_images {options.from_images}`."
@@ -167,7 +168,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     for name, recipes in USED_BY.items():
         value = getattr(options, name)
         if options.recipe not in recipes and value != default(name):
-            raise ValueError(
+            raise UserError(
                 f"`--{name}` is only used by the recipes {', '.join(recipes)}, got {value} with the recipe "
                 f"`{options.recipe}`. Leave it out."
             )
@@ -192,7 +193,7 @@ def _pick(options: argparse.Namespace) -> None:
 
     folder = Path(options.folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. Check the path.")
+        raise UserError(f"There is no folder {folder}. Check the path.")
     if not (folder / MANIFEST_FILE).is_file():
         print("\n".join(list_images(folder)))
     session = PickSession(folder)
@@ -261,7 +262,7 @@ def _score(options: argparse.Namespace) -> None:
 
     state = PartialState(cpu=options.device == "cpu")
     if state.num_processes > 1:
-        raise ValueError(f"`pairs score` runs as one process, got {state.num_processes}. Start it without a launcher.")
+        raise UserError(f"`pairs score` runs as one process, got {state.num_processes}. Start it without a launcher.")
     with reading_data(options.data):
         dataset = load_pairs(options.data, options.split, config=options.config)
     lines = score_pairs(
@@ -323,9 +324,9 @@ def _check(options: argparse.Namespace) -> None:
 
     sheet = None if options.sheet is None else Path(options.sheet)
     if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise ValueError(f"`--sheet` must be a file in an existing folder, got {sheet}. Create the folder first.")
+        raise UserError(f"`--sheet` must be a file in an existing folder, got {sheet}. Create the folder first.")
     if options.resolution < 1:
-        raise ValueError(f"`--resolution` must be 1 or more, got {options.resolution}. Use that of your training.")
+        raise UserError(f"`--resolution` must be 1 or more, got {options.resolution}. Use that of your training.")
     scorer = None if options.scorer is None else scorer_named(options.scorer, **options.scorer_settings)
     reading = PairOptions(
         PairTransform(options.resolution),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from ..utils.errors import UserError
 from . import EXIT_OK
 from .options import OneLineParser, option_name, take_options
 from .train_parser import read_given
@@ -56,11 +57,11 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
         words += ["--bf16", "true"]
     _, training, model = parse(words, prog)
     if not model.model_name_or_path:
-        raise ValueError(
+        raise UserError(
             "`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none. Set it."
         )
     if training.deepspeed or training.fsdp:
-        raise ValueError(
+        raise UserError(
             "A plan reads sharding settings from `--accelerate_config` and `--num_processes`, got `--deepspeed` or "
             "`--fsdp`. Use the packaged accelerate configuration with the same sharding."
         )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..utils.errors import UserError
 from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_data
@@ -48,11 +49,11 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
         launcher = launch.launch_words(options.accelerate_config, options.others, options.parser.names())
     values = options.values
     if not values["model_name_or_path"]:
-        raise ValueError(
+        raise UserError(
             "`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none. Set it."
         )
     if not (values["dataset_name"] or values["datasets"]):
-        raise ValueError(
+        raise UserError(
             "`--dataset_name` must be the Hub id, folder or file of a preference data set, got none. Set it."
         )
     if launcher is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.errors import UserError
 from ..utils.hints import did_you_mean
 from .errors import reading_arguments
 from .launch import config_names, launch_options
@@ -108,7 +109,7 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
     variables = settings.pop("env", {})
     if not isinstance(variables, dict):
-        raise ValueError(f"`env` in the file of settings must map names to values, got {variables!r}.")
+        raise UserError(f"`env` in the file of settings must map names to values, got {variables!r}.")
     os.environ.update({name: str(value) for name, value in variables.items()})
     in_file = settings.pop("accelerate_config", None)
     return settings, taken["accelerate_config"] or in_file, words
@@ -128,7 +129,7 @@ def config_file(name: str) -> Path:
         return path
     if name not in examples:
         near = did_you_mean(path.stem, examples)
-        raise ValueError(
+        raise UserError(
             f"`--config` must be a YAML file, or one of the example configurations {', '.join(examples)}. "
             f"There is no file {name}.{near}"
         )
@@ -166,7 +167,7 @@ class TrainOptions:
         an option of `accelerate launch`, the message says that `--accelerate_config` is missing."""
         launchers = [word for word in self.others if option_name(word) in launch_options()] if self.others else []
         if launchers:
-            raise ValueError(
+            raise UserError(
                 f"Options of `accelerate launch` need `--accelerate_config`, got `{launchers[0]}` without it. Add "
                 "`--accelerate_config`, or leave the option out."
             )
@@ -176,10 +177,10 @@ class TrainOptions:
 def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:
     """Raise `ValueError` if options for a LoRA are set without `use_peft`, or its rank is impossible."""
     if values["use_peft"] and values["lora_r"] < 1:
-        raise ValueError(f"`lora_r` must be 1 or more, got {values['lora_r']}. Use 8 or 16 to begin with.")
+        raise UserError(f"`lora_r` must be 1 or more, got {values['lora_r']}. Use 8 or 16 to begin with.")
     idle = [name for name in sorted(names) if name.startswith(ADAPTER_PREFIXES) and values[name]]
     if idle and not values["use_peft"]:
-        raise ValueError(
+        raise UserError(
             "Options for a LoRA or for quantization need `use_peft`, because without it all weights are trained in "
             f"full precision. Got {', '.join(f'`{name}`' for name in idle)} without `use_peft`. Add `--use_peft` to "
             "train a LoRA, or leave out the other options."

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from ..utils.errors import UserError
 from .images import Size
 
 MIN_AREA = 0.9  # smallest area of a size, as a share of the area of `resolution`
@@ -48,16 +49,16 @@ class AspectRatioBuckets:
 
     def __post_init__(self) -> None:
         if self.step < 1:
-            raise ValueError(f"`step` of `bucket_kwargs` must be at least 1 pixel, got {self.step}.")
+            raise UserError(f"`step` of `bucket_kwargs` must be at least 1 pixel, got {self.step}.")
         short, long = sorted(self.resolution)
         if long > self.max_aspect_ratio * short:
-            raise ValueError(
+            raise UserError(
                 "`max_aspect_ratio` of `bucket_kwargs` must allow the aspect ratio of `resolution`, "
                 f"{long / short:.3g}; got {self.max_aspect_ratio}. Raise `max_aspect_ratio`, or choose a squarer "
                 "`resolution`."
             )
         if len(self.sizes) == 1:
-            raise ValueError(
+            raise UserError(
                 f"`aspect_ratio_buckets` needs several sizes. With `step={self.step}` and "
                 f"`max_aspect_ratio={self.max_aspect_ratio}` in `bucket_kwargs`, {self.resolution} is the only size. "
                 "Use a smaller `step` or a larger `max_aspect_ratio`, or leave `aspect_ratio_buckets` off."
@@ -162,7 +163,7 @@ class BucketSampler(Sampler[PairKey]):
         counts = np.bincount(pairs.numbers)
         self._length = int((counts // group if drop_last else -(-counts // group)).sum()) * group
         if not self._length:
-            raise ValueError(
+            raise UserError(
                 f"`dataloader_drop_last=True` leaves no batch, because a step needs {group} pairs of one size, and no "
                 "bucket has so many pairs. Use a smaller `per_device_train_batch_size`, or set "
                 "`dataloader_drop_last=False`."

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..utils.errors import UserError
+
 SAMPLED_PAIRS = 128  # number of pairs that are decoded before training, within a second or two
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small", "cut_prompts")
@@ -15,7 +17,7 @@ PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
 SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
 
 
-class BadDataError(ValueError):
+class BadDataError(UserError):
     """Error that stops the run, because the data cannot be used for training."""
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
+from ..utils.errors import UserError
 from ..utils.processes import ALONE, Peers
 from ..utils.score_scale import ScoreReading
 from . import data_report
@@ -371,7 +372,7 @@ class PreferenceDataset(Pairs):
             self._undecodable[pair] = 1  # `report` counts these pairs
             self._report.add("undecodable", row, reason, 0)
         if len(bad) == len(sample) < len(self):
-            raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
+            raise UserError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
 
     def _problem_of(self, pair: int) -> tuple[int, str] | None:
         """Decode a pair's images. Return the row of the first bad image and the reason, or `None` if both are good."""
@@ -469,7 +470,7 @@ class PreferenceDataset(Pairs):
         epochs = self._options.distinct_epochs if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape != (epochs, len(self), 2):
-            raise ValueError(
+            raise UserError(
                 f"Errors of a reference must have the shape ({epochs}, {len(self)}, 2), for epochs, pairs and two "
                 f"images; got {errors.shape}."
             )
@@ -624,7 +625,7 @@ class PreferenceCollator:
         first = set(_entries(items[0]))
         for item in items[1:]:
             if different := first.symmetric_difference(_entries(item)):
-                raise ValueError(
+                raise UserError(
                     "All items of a batch must have the same entries. Only some of the pairs "
                     f"{[item['row'] for item in items]} have {sorted(different)}. Train in batches of one pair, or "
                     "give all rows the same number of source images."
@@ -682,7 +683,7 @@ def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     if len({row.shape[1:] for row in rows}) > 1:
-        raise ValueError(
+        raise UserError(
             "Encodings of a batch may differ only in their number of tokens, as those of prompts do. Got the shapes "
             f"{[list(row.shape) for row in rows]}. Train in batches of one pair."
         )

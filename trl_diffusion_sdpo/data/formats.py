@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
+from ..utils.errors import UserError
 from ..utils.score_scale import SCALE_COLUMN, ScoreReading, ScoreScale
 
 logger = logging.getLogger(__name__)
@@ -145,11 +146,11 @@ class PreferenceFormat:
             value = member_text(value)
         if not isinstance(value, str):
             name = f"`{column}`" if self.prompt_of_each_image else "the prompt"
-            raise ValueError(f"{name} must be a string, got {type(value).__name__}")
+            raise UserError(f"{name} must be a string, got {type(value).__name__}")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt has an invalid character (lone surrogate) at index {error.start}") from error
+            raise UserError(f"the prompt has an invalid character (lone surrogate) at index {error.start}") from error
         return value
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
@@ -196,7 +197,7 @@ class PreferenceFormat:
 # ---- Reading of label columns
 
 
-class LabelError(ValueError):
+class LabelError(UserError):
     """Error for a row whose label or score is missing or unreadable."""
 
 
@@ -285,7 +286,7 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
     for candidate in FORMATS.values():
         if not candidate.missing(columns):
             return candidate
-    raise ValueError(
+    raise UserError(
         f"The columns {columns} match no known preference format. Rename columns (`dataset.rename_columns`) to "
         "match one of these formats:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
     )
@@ -318,17 +319,17 @@ def resolve_format(
         row_format = detect_format(columns)
         alone = [column for column in BRANCH_PROMPTS if column in columns]
         if len(alone) == 1 and row_format.image_columns == ("chosen", "rejected"):
-            raise ValueError(
+            raise UserError(
                 f"Prompts of chosen and rejected images must be in both of the columns {list(BRANCH_PROMPTS)}. The "
                 f"data have only `{alone[0]}`. Add the other column, or set `dataset_format='canonical'` to read one "
                 "prompt for both images."
             )
     elif dataset_format not in FORMATS:
-        raise ValueError(f"`dataset_format` must be one of {sorted(FORMATS)}, got {dataset_format!r}.")
+        raise UserError(f"`dataset_format` must be one of {sorted(FORMATS)}, got {dataset_format!r}.")
     else:
         row_format = FORMATS[dataset_format]
         if lacking := row_format.missing(columns):
-            raise ValueError(
+            raise UserError(
                 f"`dataset_format={dataset_format!r}` needs {row_format.describe()}; the data set has {columns} and "
                 f"lacks {lacking}. Rename columns, or leave `dataset_format` unset."
             )
@@ -346,7 +347,7 @@ def resolve_format(
     reading = score_reading or ScoreReading()
     is_described = has_scores and SCALE_COLUMN in columns
     if is_described and reading.typed is not None:
-        raise ValueError(
+        raise UserError(
             f"The scale of scores must be said once. The data say it in the column `{SCALE_COLUMN}`, and the settings "
             f"say `{reading.typed}`. Leave the setting out."
         )
@@ -413,7 +414,7 @@ def pairs_in_group(
             ]
             prompt_of_group = prompts[0] if prompt_of_group is None else prompt_of_group
             if len(group) > 1 and prompts[0].strip() != prompt_of_group.strip():
-                raise ValueError(
+                raise UserError(
                     f"the prompt differs from that of other rows with this `{row_format.group_column}`: "
                     f"{prompts[0][:SHOWN]!r} and {prompt_of_group[:SHOWN]!r}"
                 )
@@ -443,7 +444,7 @@ def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple
         of_images = tuple(f"{column}_mask" for column in row_format.image_columns)
     present = tuple(column for column in of_images if column in columns)
     if present and (of_row or present != of_images):
-        raise ValueError(
+        raise UserError(
             f"Masks must be in one column `mask` or in both of {list(of_images)}; got {[*of_row, *present]}. Rename or "
             "remove mask columns."
         )

@@ -7,6 +7,7 @@ from itertools import chain
 import datasets
 import numpy as np
 
+from ..utils.errors import UserError
 from .formats import resolve_format
 
 
@@ -33,7 +34,7 @@ def hold_out(
     total = counts.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
-        raise ValueError(
+        raise UserError(
             f"`test_size={size:g}` must leave rows to train on; the data set has {total} rows. Choose a smaller size."
         )
 
@@ -47,7 +48,7 @@ def hold_out(
             held_out.add(prompt)
             taken += counts[prompt]
     if not held_out:
-        raise ValueError(
+        raise UserError(
             f"All rows of a prompt are held out together, and every prompt has more than the {wanted} rows of "
             f"`test_size={size:g}`. Increase `test_size`, or pass evaluation pairs of your own."
         )

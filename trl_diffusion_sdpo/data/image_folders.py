@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 
+from ..utils.errors import UserError
 from .data_report import MAX_EXAMPLES
 from .images import check_regular_file, is_image, is_unread_image
 
@@ -54,7 +55,7 @@ class FolderSplit:
             names = [file.relative_to(self.folder).as_posix() for file in files[:MAX_EXAMPLES]]
             lines.append(f"\n  {len(files)} {reason}: {', '.join(names)}")
         if not self.pairs:
-            raise ValueError(f"{self.folder} has no pair of images with a prompt. {LAYOUTS}{''.join(lines)}")
+            raise UserError(f"{self.folder} has no pair of images with a prompt. {LAYOUTS}{''.join(lines)}")
         if "rank" in self.pairs[0]:
             names = [Path(name).name for name in self.pairs[0]["image_path"]]
             message = "%s: numbers at the end of names are ranks. %s is the best image of %s."
@@ -83,7 +84,7 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     sides = {folder: [side for side in SIDES if (folder / side).is_dir()] for folder in splits}
     for folder, present in sides.items():
         if len(present) == 1:
-            raise ValueError(
+            raise UserError(
                 f"{folder} must have both folders, chosen and rejected. It has only {present[0]}. {LAYOUTS}"
             )
     if not any(sides.values()):
@@ -158,7 +159,7 @@ def read_caption(file: Path) -> str:
         check_regular_file(file, MAX_CAPTION_BYTES)
         return " ".join(file.read_text(encoding="utf-8-sig").split())
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"Captions must be text in UTF-8 of at most {MAX_CAPTION_BYTES} bytes, and {file} is not: {error}. Correct "
             "or remove the file."
         ) from error

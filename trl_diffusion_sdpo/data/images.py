@@ -28,6 +28,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..utils.errors import UserError
 from ..utils.hints import did_you_mean
 from ..utils.secrets import without_secrets
 
@@ -77,7 +78,7 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 Size = tuple[int, int]
 
 
-class _ImageError(ValueError):
+class _ImageError(UserError):
     """Base class of errors for images. Passwords in URLs are removed from the message."""
 
     def __init__(self, message: str) -> None:
@@ -101,14 +102,14 @@ def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
     schemes = [value] if isinstance(value, str) else list(value or ())
     for scheme in schemes:
         if scheme not in fsspec.available_protocols():
-            raise ValueError(
+            raise UserError(
                 "`image_schemes` must be URL schemes from `fsspec.available_protocols()`, such as s3; got "
                 f"{scheme!r}.{did_you_mean(str(scheme), fsspec.available_protocols())}"
             )
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
-            raise ValueError(f"`image_schemes={scheme!r}` needs a package that is not installed: {error}.") from error
+            raise UserError(f"`image_schemes={scheme!r}` needs a package that is not installed: {error}.") from error
     return tuple(schemes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from ..utils.errors import UserError
 from ..utils.identity import describe_files, short_hash
 from .formats import FLOW_FACTORY_COLUMNS, IMAGE_COLUMNS, PROMPT_COLUMNS, flow_factory_images, flow_factory_row
 from .image_folders import LAYOUTS, read_image_folder
@@ -65,17 +66,17 @@ def load_pairs(
         if set(loaded.column_names or ()) <= {"image", "label"}:
             tables = sorted(file.name for file in path.glob("[!.]*") if file.suffix.lower() in FILE_BUILDERS)
             found = f" The folder has {', '.join(tables)}." if tables else ""
-            raise ValueError(f"{path} has images but no pairs. {LAYOUTS}{found}")
+            raise UserError(f"{path} has images but no pairs. {LAYOUTS}{found}")
         return with_resolved_names(loaded, path)
     if isinstance(splits, datasets.Dataset):
         if "[" in split or "+" in split:
-            raise ValueError(
+            raise UserError(
                 f"The data set {path} has one split, whose rows cannot be selected by name. Got the split {split!r}. "
                 "Select the rows before `save_to_disk`, or load a file."
             )
         rows = splits
     elif split not in splits:
-        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(splits)}.")
+        raise UserError(f"The data set {path} must have the split {split!r}; it has {', '.join(splits)}.")
     else:
         rows = splits[split] if saved else splits[split].rows()
     rows = with_resolved_names(rows, path)
@@ -111,7 +112,7 @@ def _cache_folder(path: Path) -> str | None:
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
     if path.suffix.lower() not in FILE_BUILDERS:
-        raise ValueError(
+        raise UserError(
             f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass the folder of the "
             "file instead."
         )
@@ -119,7 +120,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
     with open(path, "rb") as file:
         start = file.read(2**16)
     if not start.strip():
-        raise ValueError(f"A data set must have rows, and {path} is empty.")
+        raise UserError(f"A data set must have rows, and {path} is empty.")
     name, options = FILE_BUILDERS[path.suffix.lower()]
     header = start.partition(b"\n")[0]
     if name == "csv" and header.count(b";") > header.count(options.get("sep", ",").encode()):
@@ -133,7 +134,7 @@ def _refuse_patterns(path: Path, *patterns: str) -> None:
     text = str(path.resolve())
     found = [pattern for pattern in patterns if pattern in text]
     if found or os.path.expandvars(text) != text:
-        raise ValueError(
+        raise UserError(
             f"`datasets` cannot read a path with {found[0] if found else 'the `$` of a variable'}, got {path}. Rename "
             "the folder or the file."
         )
@@ -148,7 +149,7 @@ def _refuse_mixed_types(features: Mapping[str, Any]) -> None:
     json_type: Any = getattr(datasets, "Json", ())
     mixed = [name for name in (*IMAGE_COLUMNS, *PROMPT_COLUMNS) if isinstance(features.get(name), json_type)]
     if mixed:
-        raise ValueError(
+        raise UserError(
             "A column of prompts or images must have values of one type in all rows. These columns have values of "
             f"several types: {', '.join(mixed)}. Write all of their values as text."
         )

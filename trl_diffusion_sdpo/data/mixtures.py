@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..utils.errors import UserError
 from ..utils.score_scale import SCALE_COLUMN
 from .formats import PreferenceFormat
 from .pair_table import PairTable
@@ -42,15 +43,15 @@ class PairMixture:
     def __post_init__(self) -> None:
         count = len(self.datasets)
         if not count:
-            raise ValueError("A mixture needs at least one data set, got none.")
+            raise UserError("A mixture needs at least one data set, got none.")
         for name, values in (("weights", self.weights), ("formats", self.formats)):
             if values is not None and len(values) != count:
-                raise ValueError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
+                raise UserError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
         if not all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in self.weights or ()):
-            raise ValueError(f"`weights` must be above 0, got {self.weights!r}. Remove data sets without weight.")
+            raise UserError(f"`weights` must be above 0, got {self.weights!r}. Remove data sets without weight.")
         kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
         if len(kinds) > 1:
-            raise ValueError(
+            raise UserError(
                 "A mixture must have only streams or only map-style data sets, got both. Load all data sets with "
                 "the same `streaming`."
             )
@@ -83,7 +84,7 @@ def repeat_by_weight(tables: Sequence[PairTable], weights: Sequence[float]) -> l
     shares = np.array(weights)
     numbers = np.rint(shares * (counts / shares).max())
     if not numbers.sum() <= MAX_GROWTH * counts.sum():
-        raise ValueError(
+        raise UserError(
             f"With `weights={weights}`, an epoch would have {numbers.sum():.3g} pairs, more than {MAX_GROWTH} times "
             f"the pairs of all data sets ({counts.tolist()}). Choose weights that are nearer to these numbers."
         )
@@ -138,6 +139,6 @@ def check_formats(formats: Mapping[str, PreferenceFormat]) -> None:
     for what, present in has_it.items():
         without = [name for name, has in present.items() if not has]
         if without and len(without) < len(present):
-            raise ValueError(
+            raise UserError(
                 f"All data sets of a mixture must have {what}, or none. Data sets without {what}: {without}."
             )

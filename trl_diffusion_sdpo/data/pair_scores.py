@@ -13,6 +13,7 @@ import torch
 
 from ..losses import WEIGHT_FUNCTIONS, calibrated_scores, with_mean_one
 from ..losses.pair_weights import WeightFunction
+from ..utils.errors import UserError
 from ..utils.processes import ALONE, Peers
 from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
@@ -111,7 +112,7 @@ class ScoreSettings:
                 scores = torch.tensor(dataset.scores)[:, :, None]  # (P, 2, 1)
             weights = self._weighting.function(scores, sorts_by_scores=self.sorts_by_scores)
         if not (weights > 0).any():  # true also for NaN
-            raise ValueError(
+            raise UserError(
                 f"Some pairs must have a weight above 0. With `pair_weights={self.pair_weights!r}` and these scores, "
                 f"none of the {len(weights)} pairs of the {dataset.report.name} data has such a weight. Choose other "
                 "weights or other scores. For `pair_weights='gain'`, scale the scores down."
@@ -129,7 +130,7 @@ def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     """Return the K numbers that a column has for each of the P pairs, `(P, K)` in float64."""
     rows = dataset.positions[:, 0]
     if (rows != dataset.positions[:, 2]).any():
-        raise ValueError(
+        raise UserError(
             f"`pair_weights={column!r}` needs one value for each pair. In the {dataset.report.name} data, the images "
             "of a pair are in two rows. Use a format with one row for each pair."
         )
@@ -140,11 +141,11 @@ def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     weights = _numbers(dataset, column)
     what = f"`pair_weights={column!r}`"
     if weights.shape[1] != 1:
-        raise ValueError(
+        raise UserError(
             f"{what} must name a column with one number in each row. The rows have {weights.shape[1]} numbers."
         )
     if negative := int((weights < 0).sum()):
-        raise ValueError(
+        raise UserError(
             f"{what} must not be negative, because a negative weight would exchange winner and loser. The weight is "
             f"negative for {negative} of {len(weights)} pairs of the {dataset.report.name} data, down to "
             f"{float(weights.min()):g}. Remove these pairs, or give them the weight 0."
@@ -156,7 +157,7 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
     """Return the scores of K scorers for winners and losers, `(P, 2, K)`."""
     chosen, rejected = (_numbers(dataset, column) for column in SCORER_COLUMNS)
     if chosen.shape != rejected.shape or chosen.shape[1] < 2:
-        raise ValueError(
+        raise UserError(
             "`pair_weights='agreement'` needs the scores of at least 2 scorers for both images. "
             f"`{SCORER_COLUMNS[0]}` has {chosen.shape[1]} numbers in a row and `{SCORER_COLUMNS[1]}` has "
             f"{rejected.shape[1]}."

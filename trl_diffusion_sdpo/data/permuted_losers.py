@@ -9,6 +9,7 @@ from textwrap import shorten
 import numpy as np
 import torch
 
+from ..utils.errors import UserError
 from .fingerprints import digest_of
 from .sources import PairSource
 
@@ -48,7 +49,7 @@ class PermutedLosers:
         pair, count = most_common(prompts) if len(rows) else (0, 0)
         if 2 * count > len(rows):
             prompt = shorten(texts[pair], 60, placeholder="…")
-            raise ValueError(
+            raise UserError(
                 "`losers='permute'` takes losers of other prompts, so no prompt may have more than half of the images. "
                 f"In the {name} data, the prompt {prompt!r} has {count} of {len(rows)} images. Add images of other "
                 "prompts, or remove some images of this prompt."

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..utils.errors import UserError
 from ..utils.processes import ALONE, Peers
 from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
@@ -79,7 +80,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
         prepared.check_sample(peers)
     report = prepared.report
     if not report.pairs:
-        raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
+        raise UserError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
     if peers.index == 0:  # the report of all processes is the same
         asks = report.dropped or report.cut_prompts or report.notes
         logger.log(logging.WARNING if asks else logging.INFO, "%s", report)
@@ -97,29 +98,29 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
     has_masks = any(row_format.mask_columns for row_format in formats)
     has_sources = any(row_format.source_columns for row_format in formats)
     if not options.permutes and not all(row_format.has_losers for row_format in formats):
-        raise ValueError(
+        raise UserError(
             f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to "
             "take images with other captions as losers, or rename columns to match another format."
         )
     for column, has_it in (("a mask column", has_masks), ("a `source` column", has_sources)):
         if options.permutes and has_it:
-            raise ValueError(
+            raise UserError(
                 f"`losers='permute'` cannot be used on data with {column}: it takes losers from other pairs, but the "
                 "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
             )
     if options.needs_scores and not has_scores:
-        raise ValueError(
+        raise UserError(
             f"{options.needs_scores} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these "
             "columns. Score the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
         )
     if options.needs_masks and not has_masks:
-        raise ValueError(
+        raise UserError(
             f"{options.needs_masks} needs data with a mask column, and the {name} data have no masks. Add the column, "
             "or leave the setting out."
         )
     shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
     if options.noise_seeds and shared:
-        raise ValueError(
+        raise UserError(
             f"`noise_source='generated'` reads {' and '.join(SEED_COLUMNS)}, which belong to the one pair of a row. In "
             f"the {name} data (format {'+'.join(shared)}), a row may have images of several pairs. Write one row for "
             "each pair."
@@ -213,7 +214,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
     }
     for setting, is_set in needs_all_rows.items():
         if is_set:
-            raise ValueError(
+            raise UserError(
                 f"{setting} must read all rows before the first batch, but the {name} data are a stream. Load the data "
                 "without `streaming=True`, or remove the setting."
             )
@@ -225,7 +226,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
     streams = [Stream(rows, row_format, label, options) for label, rows, row_format in listed]
     check_columns([stream.format for stream in streams], options, name)
     if any(stream.format.source_columns for stream in streams):
-        raise ValueError(
+        raise UserError(
             f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
             "`streaming`, or remove the column."
         )

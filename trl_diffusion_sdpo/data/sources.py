@@ -17,6 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ..utils._compat import dataset_fingerprint
+from ..utils.errors import UserError
 from ..utils.processes import Peers, forks_by_default, usable_cores
 from ..utils.score_scale import ScoreReading
 from .data_report import evenly_spaced
@@ -361,7 +362,7 @@ class PairSource:
 
             pairs = table.index_pairs(reject_in_mixture)
             if not len(pairs):
-                raise ValueError(
+                raise UserError(
                     f"Every data set of a mixture must have a pair. The {table.name} data have {len(table)} rows "
                     "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
@@ -425,7 +426,7 @@ def make_source(
         table = as_table(rows, set_format, label)
         if lacking := [column for column in number_columns if column not in table.column_names]:
             setting = "noise_source='generated'" if set(lacking) <= set(SEED_COLUMNS) else "pair_weights"
-            raise ValueError(
+            raise UserError(
                 f"`{setting}` reads the columns {lacking}. The {label} data have only {table.column_names}. Add the "
                 "columns, or choose another value of the setting."
             )

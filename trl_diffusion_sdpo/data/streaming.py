@@ -17,6 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
+from ..utils.errors import UserError
 from ..utils.processes import ALONE, Peers
 from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
@@ -46,7 +47,7 @@ class Stream:
         self.name = name
         columns = source.column_names or list(next(iter(source), {}))
         if not columns:
-            raise ValueError(f"The {name} data set is empty. Pass a data set with rows.")
+            raise UserError(f"The {name} data set is empty. Pass a data set with rows.")
         self.format = resolve_format(
             dataset_format,
             columns,
@@ -112,7 +113,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         self._name = name
         self._epoch = new_epoch()
         if any(is_split_by_node(stream.source) for stream in streams):
-            raise ValueError(
+            raise UserError(
                 "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
                 f"{name} stream. Pass the stream without this split."
             )

@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
+from ..utils.errors import UserError
 from .data_report import DataReport
 from .formats import resolve_format
 from .images import BAD_IMAGE, UndecodableImageError, decode_image
@@ -24,23 +25,23 @@ def as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Datas
         ValueError: If the data have an unsupported type, a transform, or no rows.
     """
     if isinstance(rows, dict):
-        raise ValueError(
+        raise UserError(
             f"The {name} data must be one split, got a {type(rows).__name__} with the splits {list(rows)}. "
             "Pass one of these splits."
         )
     is_list = isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows)
     if not is_list and not isinstance(rows, datasets.Dataset):
-        raise ValueError(
+        raise UserError(
             f"The {name} data must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, got "
             f"{type(rows).__name__}. Load files with `datasets.load_dataset`, and read a torch data set with "
             "`datasets.Dataset.from_generator`."
         )
     if not len(rows):
-        raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
+        raise UserError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
     if is_list:
         return _table_of_rows(rows, dataset_format, name)
     if rows.format["type"] == "custom":
-        raise ValueError(
+        raise UserError(
             "A data set must not have a transform (`set_transform` or `with_transform`), because a transform could "
             f"return other rows at each read. The {name} data have one. Apply the transform once with `map`, or remove "
             "it with `with_format(None)`."
@@ -65,7 +66,7 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
     except (pa.ArrowException, TypeError, ValueError) as error:
         kinds = {column: {type(entry).__name__ for entry in values[column] if entry is not None} for column in values}
         mixed = {column: sorted(names) for column, names in kinds.items() if len(names) > 1}
-        raise ValueError(
+        raise UserError(
             f"Each column of the {name} data must have values of one type in all rows. Got the types {mixed or kinds}: "
             f"{error}"
         ) from error

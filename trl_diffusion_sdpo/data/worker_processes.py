@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from ..utils.errors import UserError
+
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,7 +32,7 @@ def share(batch: Any) -> Any:
         try:
             return batch.share_memory_()
         except (RuntimeError, OSError) as error:
-            raise RuntimeError(
+            raise UserError(
                 "DataLoader workers pass batches through shared memory (/dev/shm), which has no room for another "
                 "batch. Set a smaller `dataloader_num_workers` (0 needs no shared memory) or "
                 f"`dataloader_prefetch_factor`, or enlarge shared memory (`docker run --shm-size=8g`). ({error})"

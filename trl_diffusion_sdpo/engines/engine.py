@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model, save_fsdp_opt
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
+from ..utils.errors import UserError
 from . import sharding
 from .gradient_backends import GradientBackend, gradient_backend, unwrapped
 from .sharding import Float32Shards
@@ -153,19 +154,19 @@ class Engine:
             split = split or config.get("tensor_parallel", {}).get("autotp_size", 0) > 1
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
-            raise ValueError(
+            raise UserError(
                 "Each image must be processed by a single process, because the error is a mean over the image. "
                 "The settings turn on tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or "
                 "ZeRO."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
-            raise ValueError(
+            raise UserError(
                 "FSDP must shard weights over all processes. If processes had copies of a shard, inner products of "
                 "gradients would count the shard several times. Got `parallelism_config` with "
                 f"`dp_replicate_size={parallel.dp_replicate_size}` (HSDP). Leave `dp_replicate_size` out."
             )
         if self._is_fsdp and not self.accelerator.is_fsdp2:
-            raise ValueError(
+            raise UserError(
                 "FSDP must be version 2, got 1. Set `fsdp_version: 2` in accelerate's configuration, or "
                 "`fsdp_config={'version': 2}`."
             )
@@ -348,7 +349,7 @@ class Engine:
         plain = unwrapped(optimizer)
         stateless = isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
         if self._is_fsdp and stateless:  # torch reads the device of a sharded state from the state's tensors
-            raise ValueError(
+            raise UserError(
                 "Under FSDP, SGD without momentum cannot be resumed, because torch cannot load an optimizer state "
                 "that has no tensors. Set `save_strategy='no'` or `save_only_model=True`, use momentum, or train with "
                 "DDP or ZeRO."
@@ -377,7 +378,7 @@ def _refuse_zero_plus_plus(config: dict[str, Any]) -> None:
     defaults = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
     active = {name: config[name] for name, off in defaults.items() if config.get(name, off) != off}
     if active:
-        raise ValueError(
+        raise UserError(
             "DeepSpeed's ZeRO++ must be off, because it rounds gradients, and rounds policy and reference "
             f"differently. Got {active}. Leave these settings out of DeepSpeed's configuration."
         )

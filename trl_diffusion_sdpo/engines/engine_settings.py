@@ -12,6 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from ..utils.errors import UserError
+
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
     """Return whether the training arguments or the launcher select DeepSpeed."""
@@ -45,7 +47,7 @@ def check_deepspeed_precision(args: TrainingArguments) -> None:
         return
     for name in ("bf16", "fp16"):
         if plugin.hf_ds_config.get_value(f"{name}.enabled") is True and not getattr(args, name):
-            raise ValueError(
+            raise UserError(
                 "DeepSpeed and the training arguments must have the same precision. DeepSpeed's configuration has "
                 f"{name} (`mixed_precision: {name}` of the launcher), and the arguments have `{name}=False`. Set "
                 f"`--{name} true`, or remove {name} from the configuration."
@@ -91,7 +93,7 @@ def check_unsharded(module: nn.Module, name: str) -> None:
     """Raise `ValueError` if a module was loaded in shards, as transformers does under ZeRO-3. The error message calls
     the module `name`."""
     if any(weight.numel() == 0 for weight in module.parameters()):
-        raise ValueError(
+        raise UserError(
             f"The pipeline's {name} must have complete weights, but was loaded in shards of ZeRO-3. Pass the "
             "pipeline's Hub id or folder, or load the pipeline before you create the configuration with `deepspeed`."
         )

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..utils._compat import keeps_zero_gradients, zero_gradients
+from ..utils.errors import UserError
 from .gradients import Gradient, add
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
@@ -222,13 +223,13 @@ def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBack
         return _deepspeed_backend(model)
     if accelerator.is_fsdp2:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-            raise ValueError(
+            raise UserError(
                 "`safeguard='parameter'` needs gradients on the device. FSDP's `offload_params` moves each gradient "
                 "to the CPU during the backward pass. Leave `offload_params` off, or use `safeguard='output'`."
             )
         return Fsdp2Backend(model, accelerator)
     if accelerator.distributed_type.value not in REPLICATED:
-        raise ValueError(
+        raise UserError(
             "`safeguard='parameter'` needs one device, DDP, FSDP2 or DeepSpeed ZeRO-1, 2 or 3. Got "
             f"{accelerator.distributed_type.value}. Train in one of these ways, or use `safeguard='output'`."
         )
@@ -238,12 +239,12 @@ def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBack
 def _deepspeed_backend(engine: Any) -> GradientBackend:
     stage = engine.zero_optimization_stage()
     if stage not in (1, 2, 3):
-        raise ValueError(
+        raise UserError(
             f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3. Got stage {stage}. Set `zero_stage` to "
             "1, or train without DeepSpeed, because stage 0 saves no memory."
         )
     if engine.zero_use_cpu_optimizer():
-        raise ValueError(
+        raise UserError(
             "`safeguard='parameter'` needs gradients on the device. With an offloaded optimizer, DeepSpeed moves "
             "gradients to the CPU during the backward pass, before the winners' and losers' gradients can be read. Set "
             "`offload_optimizer_device: none`, or use `safeguard='output'`."
@@ -251,13 +252,13 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     if stage == 3:
         return Zero3Backend(engine)
     if not keeps_zero_gradients(engine.optimizer):
-        raise ValueError(
+        raise UserError(
             "`safeguard='parameter'` needs DeepSpeed's usual ZeRO optimizer. ZeRO-1 with bf16 and "
             f"`data_types.grad_accum_dtype: fp32` uses {type(engine.optimizer).__name__}. Leave `grad_accum_dtype` "
             "out, or use ZeRO-2."
         )
     if "Muon" in type(engine.optimizer.optimizer).__name__:
-        raise ValueError(
+        raise UserError(
             "`safeguard='parameter'` needs an optimizer that acts after both backward passes. Under ZeRO-1 and "
             "ZeRO-2, DeepSpeed applies Muon to the winners' and the losers' gradient separately, in each backward "
             "pass. Use ZeRO-3, another optimizer, or `safeguard='output'`."

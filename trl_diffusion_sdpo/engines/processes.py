@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from ..utils.errors import UserError
 from ..utils.processes import ALONE, Peers
 from ..utils.secrets import without_secrets
 
@@ -90,7 +91,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     for name, ours in everyone[0].items():
         for rank, theirs in enumerate(everyone):
             if theirs.get(name) != ours:
-                raise ValueError(
+                raise UserError(
                     f"All processes must train on the same data with the same settings. `{name}` is "
                     f"{without_secrets(_short(ours))} in process 0 and {without_secrets(_short(theirs.get(name)))} in "
                     f"process {rank}. Start all processes with one command, from the same files."

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..utils.errors import UserError
 from .base import Family, check_in_channels
 
 # Default image size of the pipeline's call. `sample_size` in the published configurations would give 512.
@@ -46,7 +47,7 @@ class AuraFlowFamily(Family):
         transformer itself would silently give several tokens the same embedding."""
         largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > largest:
-            raise ValueError(
+            raise UserError(
                 f"This AuraFlow transformer has position embeddings for at most {largest} pixels along a side, got "
                 f"images of {height} by {width}. Train at a smaller `resolution`."
             )

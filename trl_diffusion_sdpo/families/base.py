@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
+from ..utils.errors import UserError
 from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
 from .pipeline_classes import PIPELINE_CLASSES
@@ -222,7 +223,7 @@ class Family(ABC):
         checks that the denoiser and all frozen components are loaded."""
         for component in (self.denoiser_name, *self.frozen_components):
             if getattr(self.pipeline, component) is None:
-                raise ValueError(
+                raise UserError(
                     f"A {self.name} pipeline needs its `{component}` for training, and this one was loaded without "
                     "it. Load the whole pipeline."
                 )
@@ -272,14 +273,14 @@ class Family(ABC):
         Images are resized as in the pipeline."""
         most = max(map(len, sources))
         if most > 1 and not self.takes_several_sources:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} edits one source image for each prompt, and a pair has {most}. Keep one source image per "
                 "pair, or use a model that edits several images together."
             )
         pixels = [[self.source_pixels(source) for source in of_pair] for of_pair in sources]
         sizes = {tuple(tuple(image.shape[-2:]) for image in of_pair) for of_pair in pixels}
         if len(sizes) > 1:
-            raise ValueError(
+            raise UserError(
                 "All pairs of a batch must have the same number of source images, with equal sizes after resizing. Got "
                 f"pairs with source images of these resized sizes (height, width): {sorted(sizes)}. Set "
                 "`per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
@@ -322,7 +323,7 @@ class Family(ABC):
             `torch.Tensor` of shape `(N, ...)`, float32, on the VAE's device.
         """
         if generator is not None and len(generator) != len(pixel_values):
-            raise ValueError(
+            raise UserError(
                 f"Each image needs one generator, got {len(generator)} generators for {len(pixel_values)} images. "
                 "Pass as many generators as images, or None."
             )
@@ -453,7 +454,7 @@ class Family(ABC):
 def refuse_sources(family: Family | type[Family], feature: str) -> None:
     """Raise `ValueError` if `family` needs source images. Features without support for source images call it."""
     if family.takes_source:
-        raise ValueError(
+        raise UserError(
             f"{feature} cannot handle source images yet, and {family.name} needs a source image for each prompt. Use a "
             "text-to-image model."
         )
@@ -468,7 +469,7 @@ def check_in_channels(family: Family, expected: int) -> None:
     """
     taken = family.denoiser.config.in_channels
     if taken != expected:
-        raise ValueError(
+        raise UserError(
             f"A text-to-image {family.name} transformer takes {expected} input channels, the latents of its VAE, and "
             f"this one takes {taken}: it was made for inpainting, control images or editing, or for another VAE. Use "
             "the text-to-image checkpoint of the same model."

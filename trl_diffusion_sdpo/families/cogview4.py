@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..utils.errors import UserError
 from .base import Family, check_in_channels
 from .noise import FlowMatchingProcess, TimestepSampling, constant
 
@@ -75,7 +76,7 @@ class CogView4Family(Family):
         check_in_channels(self, self.pipeline.vae.config.latent_channels)
         patch_size = self.denoiser.config.patch_size
         if patch_size != PATCH_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"A CogView4 transformer must have `patch_size` {PATCH_SIZE}, got {patch_size}. Use a checkpoint of "
                 "CogView4."
             )

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import nn
 
+from ..utils.errors import UserError
 from .base import Family, check_in_channels
 
 
@@ -80,7 +81,7 @@ class HiDreamFamily(Family):
     def check_image_size(self, height: int, width: int) -> None:
         tokens, most = self.tokens_of_image(height, width), self.denoiser.max_seq
         if height != width and tokens > most:
-            raise ValueError(
+            raise UserError(
                 f"For {self.name}, an image that is not square can have at most {most} tokens, and an image of {width} "
                 f"x {height} pixels has {tokens} tokens. Lower `resolution`."
             )

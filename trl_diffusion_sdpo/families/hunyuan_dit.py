@@ -10,6 +10,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
+from ..utils.errors import UserError
 from .base import Family
 from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess, constant
@@ -45,7 +46,7 @@ class HunyuanDiTFamily(Family):
         super().check_pipeline()
         transformer, channels = self.denoiser.config, self.pipeline.vae.config.latent_channels
         if transformer.in_channels != channels or not transformer.learn_sigma:
-            raise ValueError(
+            raise UserError(
                 f"A HunyuanDiT transformer must have {channels} input channels, the latent channels of its VAE, and "
                 f"`learn_sigma=True`. This one has {transformer.in_channels} input channels and "
                 f"`learn_sigma={transformer.learn_sigma}`. Use a text-to-image checkpoint."

@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 )
 from torch import nn
 
+from ..utils.errors import UserError
 from .base import PromptPadding
 from .flux2 import Flux2LatentsFamily
 from .noise import FlowMatchingProcess, TimestepSampling, generators_of, standard_normal
@@ -44,7 +45,7 @@ class Ideogram4Process(FlowMatchingProcess):
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
         if image_seq_len is None:
-            raise ValueError(
+            raise UserError(
                 "The schedule of Ideogram 4 needs `image_seq_len`, and it is None. Pass the number of tokens per image."
             )
         total, mean = self.num_train_timesteps, self.shift_of(image_seq_len)

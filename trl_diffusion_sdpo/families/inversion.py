@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
+from ..utils.errors import UserError
 from .noise import DDPMProcess, FlowMatchingProcess, NoiseProcess, constant
 
 InversionKind = Literal["ddim", "renoise"]
@@ -50,16 +51,16 @@ class InversionSettings:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.end not in ENDS:
-            raise ValueError(
+            raise UserError(
                 f"`kind` of an inversion must be one of {', '.join(KINDS)}, and `end` one of {', '.join(ENDS)}. Got "
                 f"{self.kind!r} and {self.end!r}."
             )
         if self.steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"`steps` of an inversion must be at least 1, got {self.steps}. Published values are 5 and 10."
             )
         if not 0 <= self.eta < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"`eta` of an inversion must be a number of at least 0, got {self.eta}. 0 adds no random noise."
             )
 
@@ -129,7 +130,7 @@ class Inversion(ABC):
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
         """Return the standard deviation of the random noise that steps add at `eta = 1`, divided by the noise factor,
         `(N,)`. The steps end at `timesteps`. Only inversions with `has_variance` add noise."""
-        raise ValueError(
+        raise UserError(
             "Only DDPM models can have `eta` above 0, because the sampler of flow matching adds no noise. Use `eta=0`."
         )
 
@@ -281,7 +282,7 @@ def inversion_of(process: NoiseProcess) -> Inversion:
     for kind in type(process).__mro__:
         if kind in INVERSIONS:
             return INVERSIONS[kind](process)
-    raise ValueError(
+    raise UserError(
         f"Noise inversion needs a noise process of the class {' or '.join(kind.__name__ for kind in INVERSIONS)}, and "
         f"this model has a {type(process).__name__}. Use `noise_source='shared'`, or add an inversion for this class "
         "to the dictionary `trl_diffusion_sdpo.families.inversion.INVERSIONS`."

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import DDPMScheduler
 
+from ..utils.errors import UserError
+
 WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which CPU memory is not pinned
 _BISECTIONS = 50  # number of bisections, enough for the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
@@ -61,16 +63,16 @@ class TimestepSampling:
 
     def __post_init__(self):
         if self.scheme not in DENSITIES:
-            raise ValueError(f"`weighting_scheme` must be one of {', '.join(DENSITIES)}; got {self.scheme!r}.")
+            raise UserError(f"`weighting_scheme` must be one of {', '.join(DENSITIES)}; got {self.scheme!r}.")
         if not abs(self.logit_mean) < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"`logit_mean` must be a finite number, got {self.logit_mean}. With `logit_mean=0`, "
                 "the density is symmetric around the noise level 0.5."
             )
         if not 0 < self.logit_std < float("inf"):
-            raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. The usual value is 1.")
+            raise UserError(f"`logit_std` must be above 0, got {self.logit_std}. The usual value is 1.")
         if not -1 <= self.mode_scale <= 1.75:
-            raise ValueError(
+            raise UserError(
                 "`mode_scale` must be in [-1, 1.75], because the density would be negative elsewhere. "
                 f"Got {self.mode_scale}. The usual value is 1.29."
             )
@@ -193,7 +195,7 @@ class NoiseProcess(ABC):
             return self._table(only, uniform.device)[index]
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
         if not 0 <= low < high <= self.num_train_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"`timestep_range` must be (low, high) with 0 <= low < high <= {self.num_train_timesteps}, got "
                 f"{(low, high)}. (0, {self.num_train_timesteps}) allows all timesteps of this model."
             )
@@ -202,7 +204,7 @@ class NoiseProcess(ABC):
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
-            raise ValueError(
+            raise UserError(
                 f"`timesteps` must be timesteps of this model, {self.known_timesteps}; got {list(only)}. Use the "
                 "timesteps of the pipeline's scheduler."
             )
@@ -245,14 +247,14 @@ class NoiseProcess(ABC):
             `torch.Tensor` of shape `(N,)`, float32, or `None`.
         """
         if weighting not in WEIGHTINGS:
-            raise ValueError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
+            raise UserError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
         if weighting == "min_snr":
             return self.min_snr_weights(timesteps, snr_gamma)
         return self.one_minus_t_squared(timesteps, image_seq_len) if weighting == "one_minus_t_squared" else None
 
     def one_minus_t_squared(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return `(1 - sigma)^2`, shape `(N,)`, float32. Raise `ValueError` if the process has no sigma."""
-        raise ValueError(
+        raise UserError(
             "`timestep_weighting='one_minus_t_squared'` is only for flow matching, and this is a DDPM model that "
             f"predicts {self.prediction_type}. Use `timestep_weighting='none'`. To weight the timesteps of a DDPM "
             "model, use `timestep_weighting='min_snr'`."
@@ -273,9 +275,9 @@ class NoiseProcess(ABC):
         Source: https://huggingface.co/papers/2303.09556.
         """
         if not gamma > 0:
-            raise ValueError(f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5.")
+            raise UserError(f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5.")
         if self.prediction_type not in _MIN_SNR_WEIGHTS:
-            raise ValueError(
+            raise UserError(
                 f"`timestep_weighting='min_snr'` needs a model that predicts {', '.join(_MIN_SNR_WEIGHTS)}, and this "
                 f"model predicts {self.prediction_type}. Use another `timestep_weighting`."
             )
@@ -343,14 +345,14 @@ class DDPMProcess(NoiseProcess):
 
     def __init__(self, scheduler_config: Mapping[str, Any]):
         if "beta_schedule" not in scheduler_config or scheduler_config.get("use_flow_sigmas", False):
-            raise ValueError(
+            raise UserError(
                 "A DDPM noise process needs a scheduler with a `beta_schedule` and without `use_flow_sigmas`, got the "
                 f"configuration {dict(scheduler_config)}. Load the pipeline with the scheduler that its denoiser was "
                 "trained for."
             )
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
         if prediction_type not in _MIN_SNR_WEIGHTS:
-            raise ValueError(
+            raise UserError(
                 f"A DDPM noise process trains models that predict {', '.join(_MIN_SNR_WEIGHTS)}; the scheduler's "
                 f"configuration says {prediction_type!r}. Load the pipeline with the scheduler that its denoiser was "
                 "trained for."
@@ -409,13 +411,13 @@ class FlowMatchingProcess(NoiseProcess):
 
     def __init__(self, scheduler_config: Mapping[str, Any]):
         if not ("shift" in scheduler_config or scheduler_config.get("use_flow_sigmas", False)):
-            raise ValueError(
+            raise UserError(
                 "Flow matching needs a scheduler with a `shift` or with `use_flow_sigmas`, got the configuration "
                 f"{dict(scheduler_config)}. Load the pipeline with the scheduler that its denoiser was trained for."
             )
         predicted = scheduler_config.get("prediction_type", self.prediction_type)
         if predicted != self.prediction_type:
-            raise ValueError(
+            raise UserError(
                 f"Flow matching trains models that predict {self.prediction_type}; the scheduler's configuration says "
                 f"{predicted!r}. Load the pipeline with the scheduler that its denoiser was trained for."
             )
@@ -426,7 +428,7 @@ class FlowMatchingProcess(NoiseProcess):
         self.lengths = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
         self.shifts = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
         if not self.dynamic and not self.fixed_shift > 0:
-            raise ValueError(
+            raise UserError(
                 f"The scheduler's shift must be above 0, got {self.fixed_shift}. A shift of 1 has no effect."
             )
 
@@ -476,7 +478,7 @@ class FlowMatchingProcess(NoiseProcess):
         if not self.dynamic:
             return self.fixed_shift
         if image_seq_len is None:
-            raise ValueError(
+            raise UserError(
                 "A scheduler with `use_dynamic_shifting` needs `image_seq_len`, and it is None. Pass the number of "
                 "tokens per image."
             )

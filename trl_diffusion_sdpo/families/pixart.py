@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
+from ..utils.errors import UserError
 from .base import Family
 from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess, constant
@@ -105,7 +106,7 @@ class PixArtSigmaFamily(PixArtHooks):
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.takes_sizes:
-            raise ValueError(
+            raise UserError(
                 "A PixArt-Sigma transformer is not conditioned on image sizes (`use_additional_conditions=False`), "
                 "but this transformer is, like that of PixArt-alpha for 1024 pixels. Load the model as a "
                 "PixArtAlphaPipeline."

@@ -13,6 +13,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from ..utils.errors import UserError
 from .base import Family, PromptPadding, channel_statistics, check_in_channels
 from .packing import pack_patches, unpack_patches
 
@@ -90,7 +91,7 @@ class QwenImageFamily(QwenImageLatentsFamily):
         super().check_pipeline()
         others = [name for name in self.other_inputs if self.denoiser.config[name]]
         if others:
-            raise ValueError(
+            raise UserError(
                 f"A transformer of {self.name} must not set {', '.join(others)}, and this one does. This transformer "
                 "was made for another pipeline, such as those for editing or for layers. Use a text-to-image "
                 "checkpoint."

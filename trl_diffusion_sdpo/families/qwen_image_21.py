@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..utils.errors import UserError
 from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
@@ -49,7 +50,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
     def check_image_size(self, height: int, width: int) -> None:
         multiple = SLOT * self.vae_scale_factor
         if height % multiple or width % multiple:
-            raise ValueError(
+            raise UserError(
                 f"The sides of images for {self.name} must be multiples of {multiple} pixels, got {height} x {width}. "
                 "Change `resolution`, or `step` of `bucket_kwargs`."
             )

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoints, entry_points
 
 from diffusers import DiffusionPipeline
 
+from ..utils.errors import UserError
 from .base import Family
 from .pipeline_classes import PIPELINE_CLASSES
 
@@ -44,13 +45,13 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
     ```
     """
     if not pipeline_class.isidentifier() or not re.fullmatch(r"\w+(\.\w+)*:\w+", family):
-        raise ValueError(
+        raise UserError(
             "`register_family` needs the name of a pipeline class and a family as 'package.module:Class', got "
             f"{pipeline_class!r} and {family!r}. Example: register_family('MyPipeline', 'my_package:MyFamily')."
         )
     others = {path for path, _ in _sources(pipeline_class)} - {family}
     if others and not replace:
-        raise ValueError(
+        raise UserError(
             f"{pipeline_class} already has the family {', '.join(sorted(others))}. Got another family, {family}. Pass "
             "`replace=True` to use the new family."
         )
@@ -73,14 +74,14 @@ def family_for_class_name(name: str) -> type[Family]:
     """
     sources = _sources(name)
     if not sources:
-        raise ValueError(
+        raise UserError(
             f"The pipeline class must be one of {', '.join(known_pipeline_classes())}; got {name}. Load a pipeline of "
             "one of these classes, or write a family for it. The documentation explains how, on the page 'Add a "
             f"model family' ({HOW_TO_ADD})."
         )
     if name not in _registered and len({path for path, _ in sources}) > 1:
         listed = ", ".join(f"{path} ({source})" for path, source in sources)
-        raise ValueError(
+        raise UserError(
             f"A pipeline class can have only one family, and {name} has several: {listed}. Choose one with "
             f"register_family({name!r}, ..., replace=True), or uninstall the packages whose families you do not want."
         )
@@ -118,14 +119,14 @@ def _import_family(name: str, path: str, source: str) -> type[Family]:
     try:
         family = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The family of {name} could not be imported from {path!r} ({source}): {error}. Install its package, or "
             "correct the name, which has the form 'package.module:Class'."
         ) from error
     if not isinstance(family, type) or not issubclass(family, Family):
-        raise ValueError(f"The family of {name}, {path!r} ({source}), must be a subclass of `Family`; got {family!r}.")
+        raise UserError(f"The family of {name}, {path!r} ({source}), must be a subclass of `Family`; got {family!r}.")
     if name not in family.pipeline_classes:
-        raise ValueError(
+        raise UserError(
             f"The family {path!r} ({source}) must list {name} in its `pipeline_classes`, got "
             f"{', '.join(family.pipeline_classes)}."
         )

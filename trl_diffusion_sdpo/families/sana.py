@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..utils.errors import UserError
 from .base import Family
 
 
@@ -34,7 +35,7 @@ class SanaFamily(Family):
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.denoiser.config.guidance_embeds:
-            raise ValueError(
+            raise UserError(
                 "A Sana transformer must have `guidance_embeds=False`, and this one has True. This transformer belongs "
                 "to Sana-Sprint, which was distilled with another objective. Use the Sana checkpoint from which it was "
                 "distilled."

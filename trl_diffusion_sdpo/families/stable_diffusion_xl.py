@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..utils.errors import UserError
 from .base import Family, channel_statistics
 from .loss_defaults import STABLE_DIFFUSION_XL_DEFAULTS
 from .noise import DDPMProcess, constant
@@ -42,7 +43,7 @@ class StableDiffusionXLFamily(Family):
         check_text_to_image_unet(self.pipeline)
         unet = self.pipeline.unet.config
         if unet.addition_embed_type != "text_time" or unet.projection_class_embeddings_input_dim is None:
-            raise ValueError(
+            raise UserError(
                 f"An SDXL UNet must have `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a "
                 "pipeline with an SDXL UNet."
             )
@@ -51,7 +52,7 @@ class StableDiffusionXLFamily(Family):
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         expected = N_TIME_IDS * unet.addition_time_embed_dim + pooled
         if unet.projection_class_embeddings_input_dim != expected:
-            raise ValueError(
+            raise UserError(
                 f"An SDXL base UNet must have `projection_class_embeddings_input_dim` {expected}, for {N_TIME_IDS} "
                 f"sizes and {pooled} numbers of pooled text; got {unet.projection_class_embeddings_input_dim}. The "
                 "refiner's UNet has a smaller number, because it takes an aesthetic score. Use the base model."

@@ -4,6 +4,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..utils.errors import UserError
+
 
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
     """Raise `ValueError` if a pipeline's UNet needs other inputs than noisy latents, timesteps and prompts. UNets for
@@ -11,13 +13,13 @@ def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
     unet: Any = pipeline.unet.config
     channels = pipeline.vae.config.latent_channels
     if unet.in_channels != channels:
-        raise ValueError(
+        raise UserError(
             f"A text-to-image UNet must have {channels} input channels, the latent channels of its VAE. This UNet has "
             f"{unet.in_channels}, so it was made for inpainting, depth or editing. Use the text-to-image checkpoint "
             "of the same model."
         )
     if unet.time_cond_proj_dim is not None:
-        raise ValueError(
+        raise UserError(
             f"A UNet must not take the guidance scale as an input, and this one does (`time_cond_proj_dim` is "
             f"{unet.time_cond_proj_dim}). This UNet was distilled, and preference training would undo the "
             "distillation. Use the checkpoint from which it was distilled."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..utils.errors import UserError
 from .base import Family, channel_statistics, check_in_channels
 
 MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this number of tokens, the pipeline's default
@@ -44,7 +45,7 @@ class WanFamily(Family):
 
     def check_pipeline(self) -> None:
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
-            raise ValueError(
+            raise UserError(
                 "A Wan pipeline must have only one transformer for training. This pipeline has two, for two timestep "
                 f"ranges (`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train the two transformers one "
                 "after the other. Load the pipeline with `transformer_2=None, boundary_ratio=None`, and set "
@@ -54,7 +55,7 @@ class WanFamily(Family):
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.z_dim)
         if self.denoiser.config.image_dim is not None:
-            raise ValueError(
+            raise UserError(
                 "A text-to-video transformer must have `image_dim` None, got "
                 f"{self.denoiser.config.image_dim}. This transformer animates images. Use a text-to-video "
                 "checkpoint."
@@ -75,7 +76,7 @@ class WanFamily(Family):
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
         frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
         if frames % factor != 1:
-            raise ValueError(
+            raise UserError(
                 f"The number of frames in a clip must be 1 plus a multiple of {factor}, got {frames}. Cut the clip to "
                 f"{1 + (frames - 1) // factor * factor} frames."
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ..utils.errors import UserError
 from .base import Family
 
 PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
@@ -41,7 +42,7 @@ class ZImageFamily(Family):
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.denoiser.config.siglip_feat_dim is not None:
-            raise ValueError(
+            raise UserError(
                 "A text-to-image Z-Image transformer must have `siglip_feat_dim` None, got "
                 f"{self.denoiser.config.siglip_feat_dim}. This one belongs to Z-Image-Omni. Use Z-Image or "
                 "Z-Image-Turbo."

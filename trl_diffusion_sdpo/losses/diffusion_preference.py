@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ..utils.errors import UserError
 from .preference import LossSpec, PairTerms, check_loss_kwargs, loss_spec, pair_mean, pair_terms, per_sample
 from .safeguard import GRANULARITIES, Granularity, output_cosine, output_scale, scale_gradient
 
@@ -276,29 +277,29 @@ def check_safeguard(
 ) -> None:
     """Raise `ValueError` if a setting of the safeguard is out of range, or if no safeguard fits the loss."""
     if safeguard not in SAFEGUARDS:
-        raise ValueError(f"`safeguard` must be one of {', '.join(SAFEGUARDS)}; got {safeguard!r}.")
+        raise UserError(f"`safeguard` must be one of {', '.join(SAFEGUARDS)}; got {safeguard!r}.")
     if safeguard != "none" and not spec.lowers_winner:
-        raise ValueError(
+        raise UserError(
             f"A safeguard needs a loss that lowers the winner's error, and the loss {loss_type!r} raises it. With "
             f"`safeguard={safeguard!r}`, lambda would be 0 from the first step on, and nothing would train. Set "
             "`safeguard='none'`, or add a loss that lowers the winner's error, such as `sft`."
         )
     if not 0 <= mu <= 1:
-        raise ValueError(f"`safeguard_mu` must be in [0, 1], got {mu}. Use 0 for the loosest safeguard.")
+        raise UserError(f"`safeguard_mu` must be in [0, 1], got {mu}. Use 0 for the loosest safeguard.")
     if granularity not in GRANULARITIES:
-        raise ValueError(f"`safeguard_granularity` must be one of {', '.join(GRANULARITIES)}; got {granularity!r}.")
+        raise UserError(f"`safeguard_granularity` must be one of {', '.join(GRANULARITIES)}; got {granularity!r}.")
     if not 0 <= eps < float("inf"):
-        raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. Use 0, or 1e-9 as in the authors' code.")
+        raise UserError(f"`safeguard_eps` must be at least 0, got {eps}. Use 0, or 1e-9 as in the authors' code.")
 
 
 def _check_output_space(safeguard: str, granularity: str, noise_bins: torch.Tensor | None) -> None:
     if safeguard == "parameter":
-        raise ValueError(
+        raise UserError(
             "`safeguard='parameter'` needs the gradients of the model's weights. `diffusion_preference_loss` takes "
             "only 'output' or 'none'. Use the trainer, or compute lambda with `parameter_scale`."
         )
     if safeguard == "output" and granularity == "noise_bin" and noise_bins is None:
-        raise ValueError(
+        raise UserError(
             "`safeguard_granularity='noise_bin'` needs `noise_bins`, got None. Pass the noise bin of each pair, and "
             "`num_noise_bins`."
         )
@@ -308,19 +309,19 @@ def _check_predictions(
     model_pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor | None, ref_errors: torch.Tensor | None
 ) -> None:
     if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
-        raise ValueError(
+        raise UserError(
             "`model_pred` and `target` must have the same shape (2B, ...), with the B winners first. Got "
             f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Use torch.cat([winners, losers])."
         )
     if ref_pred is not None and ref_errors is not None:
-        raise ValueError("The reference must be either `ref_pred` or `ref_errors`. Got both. Pass one of the two.")
+        raise UserError("The reference must be either `ref_pred` or `ref_errors`. Got both. Pass one of the two.")
     if ref_pred is not None and ref_pred.shape != model_pred.shape:
-        raise ValueError(
+        raise UserError(
             f"`ref_pred` must have the shape of `model_pred`, {tuple(model_pred.shape)}. Got {tuple(ref_pred.shape)}. "
             "Pass the reference's predictions for the same images."
         )
     if ref_errors is not None and ref_errors.shape != model_pred.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"`ref_errors` must have shape ({len(model_pred)},). Got {tuple(ref_errors.shape)}. Pass one mean squared "
             "error for each image, winners first."
         )
@@ -337,17 +338,17 @@ def _check_needs(
     rows: int,
 ) -> None:
     if spec.needs_reference and ref_pred is None and ref_errors is None:
-        raise ValueError(
+        raise UserError(
             f"The loss {name} needs `ref_pred`. Got None. Pass the reference's predictions, or choose a loss without "
             "reference: sft, mapo or simpo."
         )
     if spec.reads_reference_prediction and ref_errors is not None:
-        raise ValueError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
+        raise UserError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
     if spec.uses_beta and beta is None:
-        raise ValueError(f"The loss {name} needs `beta`. Got None. A usual value is {spec.default_beta}.")
+        raise UserError(f"The loss {name} needs `beta`. Got None. A usual value is {spec.default_beta}.")
     if spec.needs_scores and (scores is None or scores.shape != (rows,)):
         got = "None" if scores is None else f"shape {tuple(scores.shape)}"
-        raise ValueError(
+        raise UserError(
             f"The loss {name} needs `scores` of shape ({rows},). Got {got}. Pass a score for each image, winners first."
         )
 
@@ -356,7 +357,7 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
     names = ("pair_weights", "timestep_weights", "loser_weights", "noise_bins")
     for name, values in zip(names, weights, strict=True):
         if values is not None and values.shape != (pairs,):
-            raise ValueError(
+            raise UserError(
                 f"`{name}` must have shape ({pairs},). Got {tuple(values.shape)}. Pass one value for each pair."
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import adaptive_max_pool2d, max_pool2d
 
+from ..utils.errors import UserError
 from .preference import pair_mean, weighted_errors
 
 
@@ -30,7 +31,7 @@ def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     Source: https://huggingface.co/papers/2601.23222, the error within a region divided by the region's size.
     """
     if latents.dim() != 4:
-        raise ValueError(f"Masks need latents of shape (N, C, h, w), got {tuple(latents.shape)}. Remove the masks.")
+        raise UserError(f"Masks need latents of shape (N, C, h, w), got {tuple(latents.shape)}. Remove the masks.")
     grid = adaptive_max_pool2d(masks.to(latents.device, torch.float32), latents.shape[-2:])
     inside = max_pool2d(grid, kernel_size=3, stride=1, padding=1)
     size = inside.sum((1, 2, 3), keepdim=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from ..utils.errors import UserError
 from .safeguard import Anchor, Granularity
 
 # ---- Terms of a pair ------------------------------------------------------------------------------------------------
@@ -554,16 +555,16 @@ def loss_weights_by_name(
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
         if name not in LOSSES:
-            raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {name!r}.")
+            raise UserError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {name!r}.")
     if not names or len(set(names)) < len(names) or {"dspo", "dspo_sdxl"} <= set(names):
-        raise ValueError(
+        raise UserError(
             f"`loss_type` must name one loss or several different ones, and at most one of `dspo` and `dspo_sdxl`. Got "
             f"{names}. To give a loss more weight, set `loss_weights`."
         )
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     valid = all(weight >= 0 and math.isfinite(weight) for weight in weights)
     if len(weights) != len(names) or not valid or not any(weights):
-        raise ValueError(
+        raise UserError(
             "`loss_weights` must have one finite number of at least 0 for each loss of `loss_type`, and at least "
             f"one weight must be above 0. Got {weights} for {', '.join(names)}. Leave `loss_weights` unset for equal "
             "weights."
@@ -591,7 +592,7 @@ def loss_spec(
     if margin_clamp is None:
         return spec
     if not (margin_clamp > 0 and math.isfinite(margin_clamp)):
-        raise ValueError(
+        raise UserError(
             f"`margin_clamp` must be finite and greater than 0. Got {margin_clamp}. Leave `margin_clamp` unset to use "
             "logits without a limit."
         )
@@ -600,7 +601,7 @@ def loss_spec(
         refused = list(weights)
     if refused:
         accepted = ", ".join(name for name, row in LOSSES.items() if row.reads_logit_only)
-        raise ValueError(
+        raise UserError(
             f"`margin_clamp` applies only to losses that are functions of the logit alone: {accepted}. Got "
             f"{', '.join(refused)}. Leave `margin_clamp` out, or choose another loss."
         )
@@ -612,12 +613,12 @@ def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_k
     rows = [LOSSES[name] for name in loss_weights_by_name(loss_type)]
     if any(row.uses_beta for row in rows) and beta is not None:
         if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"`beta` must be a finite number greater than 0. Got {beta}. Diffusion-DPO uses 5000.")
+            raise UserError(f"`beta` must be a finite number greater than 0. Got {beta}. Diffusion-DPO uses 5000.")
     settings = [name for row in rows for name in row.loss_kwargs]
     for name, value in loss_kwargs.items():
         if name not in settings:
             accepted = ", ".join(settings) or "none"
-            raise ValueError(
+            raise UserError(
                 f"`{name}` is not a setting of the loss {loss_type!r}. Settings of this loss: {accepted}. Remove "
                 f"`{name}`."
             )
@@ -625,7 +626,7 @@ def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_k
             continue  # users' losses have no ranges
         rule, holds = LOSS_KWARG_RANGES[name]
         if not (math.isfinite(value) and holds(value)):
-            raise ValueError(f"`{name}` must be {rule}, got {value}.")
+            raise UserError(f"`{name}` must be {rule}, got {value}.")
 
 
 def _sum_spec(weights: dict[str, float]) -> LossSpec:
@@ -704,13 +705,13 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     ```
     """
     if name in get_args(LossType) or not name.isidentifier():
-        raise ValueError(
+        raise UserError(
             "The name of a registered loss must be an identifier that differs from this package's losses "
             f"({', '.join(get_args(LossType))}). Got {name!r}. Choose another name."
         )
     terms, *settings = inspect.signature(function).parameters.values()
     if terms.kind is terms.KEYWORD_ONLY or any(each.kind is not each.KEYWORD_ONLY for each in settings):
-        raise ValueError(
+        raise UserError(
             f"The function of the loss {name!r} must take the pairs' terms as its first argument, and settings as "
             "keyword-only arguments. "
             f"Got the arguments {inspect.signature(function)}. Define the loss as `def {name}(terms, *, beta)`."

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
+from ..utils.errors import UserError
+
 Granularity = Literal["batch", "pair", "weighted", "noise_bin"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Anchor = Literal["branch", "error"]
@@ -43,7 +45,7 @@ class SafeguardSettings:
         }
         for name, (is_allowed, rule) in rules.items():
             if not is_allowed:
-                raise ValueError(f"`{name}` of `safeguard_kwargs` must be {rule}; got {getattr(self, name)!r}.")
+                raise UserError(f"`{name}` of `safeguard_kwargs` must be {rule}; got {getattr(self, name)!r}.")
 
 
 def loser_scale(

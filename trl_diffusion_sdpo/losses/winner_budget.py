@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..utils.errors import UserError
 from .noise_bins import noise_bin_of
 
 GAIN = 0.5  # each measurement adds GAIN (1 - change / budget) to the logarithm of a scale
@@ -91,7 +92,7 @@ class BudgetController:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a state that [`BudgetController.state`] returned."""
         if len(state["log_scale"]) != self.num_noise_bins:
-            raise ValueError(
+            raise UserError(
                 f"The winner budget of a run has {self.num_noise_bins} noise bins, and that of the checkpoint has "
                 f"{len(state['log_scale'])}. Start a new run, or leave `winner_budget` out."
             )

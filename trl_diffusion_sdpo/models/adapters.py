@@ -25,6 +25,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
+from ..utils.errors import UserError
+
 if TYPE_CHECKING:
     from trl import ModelConfig
 
@@ -107,7 +109,7 @@ def active_adapter(denoiser: Any) -> str | None:
     layers = adapter_layers(denoiser)
     names = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"Only one adapter can be trained. Got {len(names)} active adapters: {', '.join(names)}. Activate only one."
         )
     if not names:
@@ -125,12 +127,12 @@ def check_adapter_weight(denoiser: Any, name: str) -> None:
             continue
         scaling = lora_scaling(layer.lora_alpha[name], layer.r[name], rank_stabilized=rank_stabilized)
         if not math.isclose(layer.scaling[name], scaling):
-            raise ValueError(
+            raise UserError(
                 f"The adapter {name!r} must have weight 1, got {layer.scaling[name] / scaling:g}. A LoRA file cannot "
                 f"store another weight. Call `set_adapters([{name!r}], [1.0])` first."
             )
         if layer.disable_adapters:
-            raise ValueError(
+            raise UserError(
                 f"The adapter {name!r} must be switched on to train. Got a model whose adapters are off. Call "
                 "`enable_adapters()` first."
             )
@@ -154,14 +156,14 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
             or if its `target_modules` match nothing or a text encoder.
     """
     if active_adapter(denoiser) is not None:
-        raise ValueError(
+        raise UserError(
             "`peft_config` adds a LoRA to a model without one, but the model already has the adapter "
             f"{active_adapter(denoiser)!r}. Leave `peft_config` out to train this adapter further, or fuse the adapter "
             "into the model first."
         )
     config = copy.deepcopy(_check_lora(peft_config))
     if config.init_lora_weights not in ZERO_STARTS:
-        raise ValueError(
+        raise UserError(
             f"`init_lora_weights` must be True or 'gaussian', got {config.init_lora_weights!r}. The reference is the "
             "model without its LoRA, so a new LoRA must not yet change the model's output. Use True."
         )
@@ -224,18 +226,18 @@ def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 def _check_lora(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
-        raise ValueError(
+        raise UserError(
             f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}. Diffusers' `load_lora_weights` "
             "cannot read LoHa, LoKr (LyCORIS) or other adapters. Use a `LoraConfig`. If a LoRA is not expressive "
             "enough, increase `r` or set `use_dora=True`."
         )
     if config.modules_to_save:
-        raise ValueError(
+        raise UserError(
             f"`modules_to_save={config.modules_to_save}` cannot be stored in a file that `load_lora_weights` reads. "
             "List these modules in `target_modules` instead, or train without `peft_config` (full tuning)."
         )
     if config.bias != "none":
-        raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}. A LoRA file cannot store biases.")
+        raise UserError(f"`bias` of the LoRA must be 'none', got {config.bias!r}. A LoRA file cannot store biases.")
     return config
 
 
@@ -255,9 +257,9 @@ def check_stored_lora(
     """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if not largest:
-        raise ValueError(f"A LoRA must have tensors, and that of {file} has none. Copy the file again.")
+        raise UserError(f"A LoRA must have tensors, and that of {file} has none. Copy the file again.")
     if settings.get("megatron_config") is not None or settings.get("megatron_core") not in (None, "megatron.core"):
-        raise ValueError(
+        raise UserError(
             f"The settings of a LoRA must not name code to import, and {file} has the `megatron_core` "
             f"{settings.get('megatron_core')!r}. Remove `megatron_core` and `megatron_config` from it."
         )
@@ -265,20 +267,20 @@ def check_stored_lora(
         value = settings.get(name) or ()
         for pattern in [value] if isinstance(value, str) else value:
             if not isinstance(pattern, str) or not NAME.fullmatch(pattern):
-                raise ValueError(
+                raise UserError(
                     f"`{name}` in a LoRA's file must list names of modules, with at most one `*`. Other regular "
                     f"expressions are not read from files, because matching some of them takes forever. {file} has "
                     f"{pattern!r}. Replace it by names."
                 )
     for rank in (settings.get("r", 1), *(settings.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 0 < rank <= largest:
-            raise ValueError(
+            raise UserError(
                 f"A LoRA's rank must be a whole number from 1 to the largest dimension of its tensors, {largest}. "
                 f"{file} has {rank!r}. Copy the file again, or use another LoRA."
             )
     for alpha in (settings.get("lora_alpha", 1), *(settings.get("alpha_pattern") or {}).values()):
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(
+            raise UserError(
                 f"A LoRA's alpha must be a finite number, and {file} has {alpha!r}. Copy the file again, or use "
                 "another LoRA."
             )
@@ -302,9 +304,9 @@ def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
         f"{', '.join(missing)}."
     )
     if any(map(_OF_TEXT.match, missing)):
-        raise ValueError(f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave the layers of text encoders out.")
+        raise UserError(f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave the layers of text encoders out.")
     if len(missing) == len(listed):
-        raise ValueError(f"{rule} Correct the names, or leave `target_modules` out for those of the model family.")
+        raise UserError(f"{rule} Correct the names, or leave `target_modules` out for those of the model family.")
     logger.warning("%s The LoRA is added to the others.", rule)
 
 
@@ -313,7 +315,7 @@ def freeze(name: str, component: nn.Module) -> None:
     adapter with trainable weights."""
     parts = [getattr(layer, kind) for layer in adapter_layers(component) for kind in layer.adapter_layer_names]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
-        raise ValueError(
+        raise UserError(
             f"`{name}` must not have an adapter with trainable weights. {TEXT_ENCODERS_ARE_FROZEN} Merge or remove "
             "the adapter, or freeze it with `requires_grad_(False)`."
         )

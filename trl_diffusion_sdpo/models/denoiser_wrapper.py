@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..utils._compat import block_names
+from ..utils.errors import UserError
 
 
 class DenoiserWrapper(nn.Module):
@@ -64,7 +65,7 @@ class DenoiserWrapper(nn.Module):
             `ValueError`: If `every_n_layers` or `offload` is set, because diffusers models support neither.
         """
         if every_n_layers != 1 or offload:
-            raise ValueError(
+            raise UserError(
                 "`activation_checkpointing_kwargs` of a diffusers model must leave `every_n_layers` at 1 and "
                 f"`offload` off, got every_n_layers={every_n_layers}, offload={offload}. Leave both out."
             )

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families import Family
+from ..utils.errors import UserError
 from .loading import is_absent
 from .numerics import store_channels_last, torch_dtype
 from .text_checks import check_text_encoding, hide_truncation_warnings
@@ -126,7 +127,7 @@ class FrozenComponents:
         """Load absent components from disk, and free the components when the context ends. Loading does not change the
         state of the CPU's random number generator."""
         if self._load is None:
-            raise ValueError(
+            raise UserError(
                 "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
                 "meta device, without weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
             )
@@ -245,7 +246,7 @@ def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
 
 def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
     if _is_quantized(part):
-        raise ValueError(
+        raise UserError(
             "`offload_frozen_components` and `precompute_latents` cannot move quantized components, because quantized "
             f"weights must stay together with their scales. `{name}` is quantized. Leave both settings out. With "
             "`precompute_latents`, you can also pass the model as a Hub id or folder, because its components are then "

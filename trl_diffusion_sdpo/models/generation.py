@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..families import Family
+from ..utils.errors import UserError
 from ..utils.hints import did_you_mean
 
 _SET_HERE = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
@@ -35,14 +36,14 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
     unknown = [name for name in others if name not in accepted]
     own = [name for name in _SET_HERE if name in others]
     if own:
-        raise ValueError(f"`{setting}` must leave out {', '.join(_SET_HERE)}, which are set here; got {own[0]!r}.")
+        raise UserError(f"`{setting}` must leave out {', '.join(_SET_HERE)}, which are set here; got {own[0]!r}.")
     for name in ("num_inference_steps", "height", "width"):
         value = others.get(name)
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{name}` in `{setting}` must be a whole number, 1 or more; got {value!r}.")
+            raise UserError(f"`{name}` in `{setting}` must be a whole number, 1 or more; got {value!r}.")
     if unknown:
         near = did_you_mean(unknown[0], accepted)
-        raise ValueError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
+        raise UserError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
     return {**guidance, **others}
 
 

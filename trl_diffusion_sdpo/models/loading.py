@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..families import Family, find_family
+from ..utils.errors import UserError
 from ..utils.import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
@@ -148,7 +149,7 @@ def _resolve(
     **parts: Any,
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
-        raise ValueError(
+        raise UserError(
             "`processing_class` is only used if `model` is a UNet or transformer. Here `model` is a whole pipeline, "
             f"and `processing_class` is a {type(processing_class).__name__}. Leave `processing_class` out, or put its "
             "components into the pipeline."
@@ -163,18 +164,18 @@ def _resolve(
         return LoadedModel(find_family(pipeline), str(model), options, parts.get("denoiser_folder"))
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":
-            raise ValueError(
+            raise UserError(
                 f"`{name}` only applies if `{role}` is a Hub id or folder, got a {type(model).__name__}. Leave "
                 f"`{name}` out."
             )
     if isinstance(model, DiffusionPipeline):
         return LoadedModel(find_family(as_text_to_image(model)), _origin(model))
     if not isinstance(model, (ModelMixin, PeftModel)):
-        raise ValueError(
+        raise UserError(
             f"`{role}` must be a Hub id, a folder, a diffusers pipeline or its denoiser, got {type(model).__name__}."
         )
     if not isinstance(processing_class, DiffusionPipeline):
-        raise ValueError(
+        raise UserError(
             f"If `{role}` is a UNet or transformer, `processing_class` must be the pipeline with its VAE, text "
             f"encoders and scheduler, got {type(processing_class).__name__}."
         )
@@ -183,7 +184,7 @@ def _resolve(
     denoiser_name = find_family(owner).denoiser_name
     expected = type(getattr(owner, denoiser_name))
     if not isinstance(denoiser, expected):
-        raise ValueError(
+        raise UserError(
             f"`{role}` must be the {denoiser_name} of `processing_class`, a {expected.__name__}; got a "
             f"{type(denoiser).__name__}."
         )

@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import UserError
+
 # Errors that diffusers and transformers raise for files that are missing, damaged or absurd. A `RuntimeError` may also
 # say that weights do not fit into memory.
 LOADING_ERRORS = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
@@ -32,13 +34,13 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
             continue
         folder = Path(name_or_path) / name
         if not folder.is_dir() or not any(folder.iterdir()):
-            raise ValueError(
+            raise UserError(
                 f"The model_index.json of {name_or_path} lists the component {name} ({entry[1]}), but the folder "
                 f"{folder} is missing or empty. Download the whole pipeline, or copy this folder from the base model."
             )
         for file in folder.glob("*.safetensors"):
             if _has_no_tensors(file):
-                raise ValueError(f"{file} must contain weights, but has no tensors. {_AGAIN}")
+                raise UserError(f"{file} must contain weights, but has no tensors. {_AGAIN}")
 
 
 def what_is_wrong(name_or_path: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..utils._compat import forward_pre_hooks
+from ..utils.errors import UserError
 
 # Layers whose weights autocast casts at every use.
 AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,7 +29,7 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
         return torch.float32
     dtype = dtypes.get(name) if isinstance(name, str) else name
     if dtype is None or dtype not in dtypes.values():
-        raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}; got {name!r}.")
+        raise UserError(f"`dtype` must be one of {', '.join(dtypes)}; got {name!r}.")
     return dtype
 
 

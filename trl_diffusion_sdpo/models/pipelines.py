@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..families.base import Family
 from ..families.registry import family_for_class_name, known_pipeline_classes
-from ..utils.own_errors import is_own
+from ..utils.errors import UserError
 from .model_files import LOADING_ERRORS, check_parts, what_is_wrong
 from .single_file import CONFIG_OPTION, configuration_of, is_single_file, reading_single_file
 
@@ -140,7 +140,7 @@ def _read_pipeline(
         with _safetensors_only(name_or_path):
             return pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
     if not issubclass(pipeline_class, FromSingleFileMixin):
-        raise ValueError(
+        raise UserError(
             f"Diffusers cannot load a {pipeline_class.__name__} from a single file, got {name_or_path}. Use a folder "
             "saved by diffusers."
         )
@@ -176,7 +176,7 @@ def load_denoiser(
     base = configuration_of(name_or_path, from_pretrained.pop("config", None))
     unknown = sorted(from_pretrained.keys() - set(DENOISER_OPTIONS))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"A denoiser can be loaded with the options {', '.join(DENOISER_OPTIONS)} and dtype. Got also "
             f"{', '.join(unknown)}. Leave out these options, or pass a loaded pipeline."
         )
@@ -203,7 +203,7 @@ def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, A
     """Return the argument with which `from_pretrained` quantizes the denoiser while it loads a pipeline."""
     taken = options.keys() & {"quantization_config", family.denoiser_name}
     if taken:
-        raise ValueError(
+        raise UserError(
             "Only one quantization configuration can apply to the denoiser. Got a quantization configuration for the "
             f"denoiser, and also the option `{min(taken)}`. Pass only one of the two."
         )
@@ -217,7 +217,7 @@ def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeli
     name = family.pipeline_classes[0]
     pipeline_class = family.pipeline_class or getattr(diffusers, name, None)
     if pipeline_class is None or pipeline_class.__name__ != name:
-        raise ValueError(
+        raise UserError(
             f"Pipelines of the family {family.name} are loaded as {name}, its `pipeline_classes[0]`. Diffusers has no "
             f"such class, and the family's `pipeline_class` is {family.pipeline_class}. Set `pipeline_class` to the "
             f"class {name}."
@@ -257,7 +257,7 @@ def networks_without_weights(
             with torch.device("meta"):
                 part = part_class(config) if of_transformers else part_class.from_config(config)
         except LOADING_ERRORS as error:
-            raise ValueError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
+            raise UserError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
         networks[name] = nn.Module.to(part, dtype).eval()  # the `to` of diffusers' models would warn about rounding
     return networks
 
@@ -277,11 +277,11 @@ def _component_class(
         try:
             component_class = getattr(import_module(str(library)), str(class_name), None)
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"The class of the {component} in {name_or_path} could not be imported: {error}."
             ) from error
     if not isinstance(component_class, type) or not issubclass(component_class, bases):
-        raise ValueError(
+        raise UserError(
             f"The {component} of a pipeline must be a model class of {' or '.join(sorted(libraries))}, or of its "
             f"family's package. The model_index.json of {name_or_path} names {class_name!r} of {library!r}. Load the "
             "pipeline yourself and pass it as the model."
@@ -298,7 +298,7 @@ def _entry(index: Mapping[str, Any], component: str) -> tuple[str | None, str | 
 
 def _refuse_options(options: dict[str, Any]) -> None:
     for option in _REFUSED_OPTIONS.keys() & options.keys():
-        raise ValueError(
+        raise UserError(
             f"The option `{option}` is not allowed for loading a pipeline. {_REFUSED_OPTIONS[option]} Leave it out."
         )
 
@@ -308,9 +308,9 @@ def _safetensors_only(name_or_path: str) -> Iterator[None]:
     try:
         yield
     except LOADING_ERRORS as error:
-        if is_own(error):
+        if isinstance(error, UserError):
             raise
-        raise ValueError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
+        raise UserError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
 
 
 def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
     except ValueError as error:
         if not is_single_file(name_or_path):
             raise
-        raise ValueError(
+        raise UserError(
             f"A model in one file needs the configuration of a diffusers pipeline. The configuration for "
             f"{name_or_path} could not be read from {base}. Name another folder or Hub id with {CONFIG_OPTION}. {error}"
         ) from error
@@ -334,12 +334,12 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     """
     is_folder = os.path.isdir(name_or_path)
     if not is_folder and (os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") > 1):
-        raise ValueError(
+        raise UserError(
             f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, and there is "
             f"no folder or file {name_or_path}. Check the path; a Hub id looks like owner/name."
         )
     if is_folder and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
-        raise ValueError(
+        raise UserError(
             f"A folder saved by diffusers has a model_index.json, and {name_or_path} has none. Pass the folder of the "
             "whole pipeline. To train a UNet or transformer that you loaded, pass it as the model and its pipeline "
             "as `processing_class`."
@@ -350,13 +350,13 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         # diffusers says of an unreachable Hub that the repository has no such file.
         unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
-        raise ValueError(
+        raise UserError(
             f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, got "
             f"{name_or_path}: {error.__context__ if unreachable else error}"
         ) from error
     class_name = index.get(CLASS) if isinstance(index, dict) else None
     if not isinstance(class_name, str):
-        raise ValueError(
+        raise UserError(
             f"The model_index.json of a pipeline must name a pipeline class. The file of {name_or_path} names "
             f"{class_name!r}. Code from a model repository is never run. Use a pipeline of one of these classes: "
             f"{', '.join(known_pipeline_classes())}."

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..engines.engine import Engine
+from ..utils.errors import UserError
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, base_tensors
 from .numerics import read_contiguous
 from .weight_copies import AdaptersOff, SecondAdapter, SecondDenoiser, WeightCopy, second_copy
@@ -203,7 +204,7 @@ def build_reference(
     """
     if users_module is not None:
         if follows and adapter_layers(denoiser):
-            raise ValueError(
+            raise UserError(
                 "If a LoRA trains, `sync_ref_model` uses a second LoRA as the reference, and the trainer creates this "
                 "LoRA itself. `ref_model` was passed too. Leave `ref_model` out."
             )
@@ -254,7 +255,7 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
     """Raise `ValueError` if the reference has another architecture than the policy."""
     difference = architecture_difference(policy, reference)
     if difference is not None:
-        raise ValueError(
+        raise UserError(
             f"`ref_model` must have the architecture of `model`: {difference}. Use the checkpoint that the policy "
             "started from."
         )

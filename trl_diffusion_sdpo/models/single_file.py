@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils._compat import SingleFileComponentError, default_configuration
-from ..utils.own_errors import is_own
+from ..utils.errors import UserError
 from .model_files import LOADING_ERRORS
 
 SUFFIX = ".safetensors"
@@ -32,13 +32,13 @@ def configuration_of(name_or_path: str, config: str | None = None) -> str:
     """
     if not is_single_file(name_or_path):
         if config is not None:
-            raise ValueError(
+            raise UserError(
                 f"`config` is only for a model in one file, got {config!r} for {name_or_path}, which is not a file. "
                 "Leave out `config`."
             )
         return name_or_path
     if Path(name_or_path).suffix != SUFFIX:
-        raise ValueError(
+        raise UserError(
             f"A model in a single file must be a {SUFFIX} file, got {name_or_path}. Other formats are pickles, which "
             "can run code when they are read. Download the model as safetensors, or convert it if you trust its source."
         )
@@ -46,7 +46,7 @@ def configuration_of(name_or_path: str, config: str | None = None) -> str:
         return _inferred(name_or_path)
     for folder in {file.parent for file in Path(config).glob("*/*") if file.suffix in _PICKLES}:
         if not any(folder.glob(f"*{SUFFIX}")):
-            raise ValueError(
+            raise UserError(
                 f"Weights in the folder of `config` must be {SUFFIX} files, and {folder} has pickled weights, which "
                 f"are never read. Convert these weights to {SUFFIX} files, or remove them."
             )
@@ -59,14 +59,14 @@ def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
     try:
         yield
     except SingleFileComponentError as error:
-        raise ValueError(
+        raise UserError(
             f"{name_or_path} lacks a component of the pipeline: {' '.join(str(error).split())} Pass the folder of a "
             "pipeline saved by diffusers instead of a single file."
         ) from error
     except LOADING_ERRORS as error:
-        if is_own(error):
+        if isinstance(error, UserError):
             raise
-        raise ValueError(
+        raise UserError(
             f"{name_or_path} could not be read with the configuration of {config}: {' '.join(str(error).split())} To "
             f"name another configuration, or a local folder if you are offline, use {CONFIG_OPTION}."
         ) from error
@@ -78,5 +78,5 @@ def _inferred(file: str) -> str:
         with safe_open(file, "pt") as opened:
             shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
+        raise UserError(f"{file} is damaged: {error}. Download it again.") from error
     return default_configuration({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})

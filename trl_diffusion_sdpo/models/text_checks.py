@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..families import Family
+from ..utils.errors import UserError
 
 LONGEST = 1_000_000  # tokenizers without a limit report a larger number
 PROMPTS = ("a red circle", "a big square")  # equal word lengths; without a vocabulary, both prompts give equal tokens
@@ -34,14 +35,14 @@ def check_text_encoding(family: Family) -> None:
         text_encoder = getattr(family.pipeline, name)
         embeddings = text_encoder.get_input_embeddings() if isinstance(text_encoder, PreTrainedModel) else None
         if isinstance(embeddings, nn.Embedding) and len(tokenizer) > embeddings.num_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"A text encoder must have an embedding for every token. The tokenizer of `{name}` has "
                 f"{len(tokenizer)} tokens, and there are {embeddings.num_embeddings} embeddings. Load the tokenizer of "
                 "this text encoder, or call its `resize_token_embeddings` if you added tokens."
             )
         first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
         if first == second:
-            raise ValueError(
+            raise UserError(
                 f"A tokenizer must turn different prompts into different tokens. The tokenizer of `{name}` turns both "
                 f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. The tokenizer's vocabulary is missing. Download the "
                 "tokenizer's folder again."
@@ -53,13 +54,13 @@ def check_text_encoding(family: Family) -> None:
     encoded = {name: value for name, value in encoded.items() if value.is_floating_point()}
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"Encoded prompts must be finite. `{broken[0]}` of {PROMPTS[0]!r} is not finite. Either the text encoder "
             "overflows in its dtype, or its weights are damaged. Load the text encoder in float32, or download it "
             "again."
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
-        raise ValueError(
+        raise UserError(
             f"Different prompts must have different encodings. {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same "
             "encoding. The tokenizer's vocabulary or the text encoder's weights are missing. Download tokenizer and "
             "text encoder again."

@@ -20,6 +20,7 @@ from torch import nn
 from ..engines.engine import Engine
 from ..engines.sharding import Float32Shards
 from ..utils._compat import ACTIVE_ADAPTER, ADAPTERS_OFF
+from ..utils.errors import UserError
 from .adapters import adapter_layers, adapter_parts, adapter_state, copy_adapter, lora_configs
 from .denoiser_wrapper import DenoiserWrapper
 from .numerics import halve_autocast_weights, read_contiguous
@@ -82,7 +83,7 @@ class SecondAdapter:
 
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
-            raise ValueError(
+            raise UserError(
                 f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights. The model "
                 "already has an adapter of this name. Rename or delete this adapter."
             )
@@ -283,14 +284,14 @@ def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             "A run with averaged weights (`ema_decay`) or a stored reference (`sync_ref_model`, or a LoRA that was "
             f"trained before) can resume only from a checkpoint that contains {file.name}. {file.parent} does not "
             "contain this file. Resume with the settings with which the checkpoint was written."
         )
     stored = load_file(file)
     if stored.keys() != weights.keys():
-        raise ValueError(
+        raise UserError(
             f"{file} does not contain the weights that this run trains. Resume with the settings with which the "
             "checkpoint was written."
         )

@@ -23,6 +23,7 @@ from ..models.frozen_components import FrozenComponents
 from ..models.generation import cast_floats, draw_images, in_own_precision, noise_generator, quiet_copy
 from ..saving.setup import output_folder
 from ..step.pair_forward import eval_mode
+from ..utils.errors import UserError
 from ..utils.identity import describe_component, short_hash
 from ..utils.secrets import without_secrets
 from .sample_scores import SampleScores
@@ -208,7 +209,7 @@ class SampleImagesCallback(TrainerCallback):
                 is_known = not state.is_world_process_zero or self._are_written(folder, 0)
                 is_missing = in_any_process(not is_known, args.device)
                 if is_missing and self._at_evaluations:
-                    raise ValueError(
+                    raise UserError(
                         f"`metric_for_best_model={args.metric_for_best_model!r}` needs the sample images before "
                         f"training, and {folder / SAMPLES_FOLDER} has no such images of these prompts. Copy the images "
                         "from the folder of the earlier run, or choose another metric."

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..engines.processes import failing_together, gather_objects
 from ..utils.disk import DiskFullError, check_room
+from ..utils.errors import UserError
 from ..utils.files import sync_files, sync_folder
 from .setup import read_setup
 
@@ -130,7 +131,7 @@ class Checkpoints:
             return None
         folder: str | None = point if isinstance(point, str) and point != LATEST else self.newest(output_dir)
         if folder is None and point is True:
-            raise ValueError(
+            raise UserError(
                 f"To resume, `output_dir` must contain a checkpoint, but {output_dir} contains none. Start without "
                 f"`resume_from_checkpoint`, or use {LATEST!r}, which starts anew if there is no checkpoint."
             )
@@ -140,7 +141,7 @@ class Checkpoints:
             return None
         missing = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
         if missing is not None:
-            raise ValueError(
+            raise UserError(
                 f"A checkpoint to resume from must be complete. In {folder}, {missing}. If this folder is a copy, copy "
                 "it again. Otherwise set `resume_from_checkpoint` to the folder of another checkpoint."
             )

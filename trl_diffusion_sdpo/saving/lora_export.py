@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from ..models.ema import EMA_FOLDER
 from ..utils.disk import naming_the_disk
+from ..utils.errors import UserError
 from ..utils.files import write_atomically
 from .lora_keys import OriginalModule, original_module
 from .setup import SETUP_FILE, read_setup
@@ -38,7 +39,7 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     """
     output = Path(output)
     if output.suffix != ".safetensors" or output.exists():
-        raise ValueError(
+        raise UserError(
             f"The output must be a new file whose name ends in .safetensors, got {output}. Choose another name."
         )
     denoiser_class, config, weights = _read(Path(run), average)
@@ -58,13 +59,13 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
         denoiser_class (`str`): Name of the denoiser's class in diffusers.
     """
     if config.use_dora:
-        raise ValueError(
+        raise UserError(
             "Only a plain LoRA can be exported, and this one is a DoRA. Tools normalize a DoRA's weights in different "
             "ways, so its images would differ. Merge the DoRA into the base model instead."
         )
     others = [key for key in weights if not key.endswith((_A, _B))]
     if others:
-        raise ValueError(
+        raise UserError(
             f"kohya's format stores only the factors A and B of each module, and this LoRA also has {others[0]}. Merge "
             "the LoRA into the base model instead."
         )
@@ -84,7 +85,7 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
     needed = (run / SETUP_FILE, folder / PEFT_FILE, folder / PEFT_CONFIG_FILE)
     missing = [file for file in needed if not file.is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"The run must be a folder in which the trainer saved a LoRA, and {missing[0]} does not exist. Pass the "
             "output folder of a LoRA run. Fully tuned weights need no export: other tools load them in place of the "
             "base model."
@@ -122,7 +123,7 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
         if position in row_counts:
             counts.append(row_counts[position])
         elif relative is None or unit is None:
-            raise ValueError(
+            raise UserError(
                 f"The original model stacks {len(original.rows)} matrices in {original.module}, and the LoRA tunes "
                 f"only {len(row_counts)} of them. The sizes of the other matrices are unknown, so export fails. "
                 "Tune queries, keys and values together."

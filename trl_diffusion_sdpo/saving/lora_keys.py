@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ..utils.errors import UserError
+
 # The original code often has one matrix where diffusers has several, such as queries, keys and values. These tuples
 # have the relative numbers of rows of diffusers' matrices, or `None` if the numbers differ between checkpoints.
 EQUAL_2 = (1, 1)
@@ -208,7 +210,7 @@ def original_module(denoiser_class: str, module: str) -> OriginalModule:
     """Return the original module for a diffusers module, with its block number. Raise `ValueError` if
     `ORIGINAL_MODULES` has no entry for the denoiser's class or the module."""
     if denoiser_class not in ORIGINAL_MODULES:
-        raise ValueError(
+        raise UserError(
             f"Only a LoRA of one of the denoisers {', '.join(sorted(ORIGINAL_MODULES))} can be exported for other "
             f"tools. Got a LoRA of {denoiser_class}. Load the LoRA with diffusers' `load_lora_weights`, or merge the "
             "LoRA into the model."
@@ -220,7 +222,7 @@ def original_module(denoiser_class: str, module: str) -> OriginalModule:
         match = re.fullmatch(re.escape(name).replace(r"\{\}", r"(\d+)"), module)
         if match:
             return original._replace(module=original.module.format(*match.groups()))
-    raise ValueError(
+    raise UserError(
         f"Other tools cannot read a LoRA of the module {module} in a {denoiser_class}. Train with the default "
         "`target_modules`, or merge the LoRA into the model."
     )

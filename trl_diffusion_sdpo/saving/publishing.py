@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..engines.processes import failing_together, gather_objects, in_any_process
 from ..utils._compat import HubConnectionError
+from ..utils.errors import UserError
 from ..utils.secrets import without_secrets
 from .setup import ARGS_FILE, output_folder
 
@@ -25,7 +26,7 @@ CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE)
 
 
-class PublishingError(OSError):
+class PublishingError(OSError, UserError):
     """Raised if a repository cannot be created or a folder cannot be uploaded. The message says why."""
 
 

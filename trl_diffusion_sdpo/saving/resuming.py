@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..utils._compat import set_last_rates
+from ..utils.errors import UserError
 from ..utils.files import json_object
 from ..utils.identity import differences, listed
 from ..utils.renamed import with_new_names
@@ -82,7 +83,7 @@ def stored_settings(checkpoint: Path) -> dict[str, Any]:
     try:
         return json_object(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} must contain a run's arguments as JSON, and cannot be read: {error}. Copy the file again, or copy "
             "it from another checkpoint of the run."
         ) from error
@@ -105,7 +106,7 @@ def check_resumable(
     """
     stored = read_setup(checkpoint)
     if not stored:
-        raise ValueError(
+        raise UserError(
             f"A checkpoint to resume from must contain the file {SETUP_FILE}, and {checkpoint} does not. Pass a "
             "`checkpoint-*` folder that this trainer wrote."
         )
@@ -126,7 +127,7 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
     differing = {name: "; ".join(phrases) for name, phrases in found.items() if phrases}
     broken = [differing[name] for name in STRUCTURE if name in differing]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"A run must resume with the set-up of its checkpoint, and these entries differ: {'; '.join(broken)}. "
             f"Restore the earlier values, or start anew without resuming from {checkpoint}."
         )
@@ -134,7 +135,7 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
     for name, phrase in differing.items():
         reason = _why_not(name, stored.get(name), current[name], has_state)
         if reason:
-            raise ValueError(
+            raise UserError(
                 f"A run cannot resume with another `{name}`, because {reason}: {phrase}. Restore the earlier value, or "
                 "pass the checkpoint's folder as `model` to start anew from its weights."
             )
@@ -171,7 +172,7 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
             listed(found),
         )
     else:
-        raise ValueError(
+        raise UserError(
             "A run resumes at its position in the training data, so the data must be those of the checkpoint, and they "
             f"differ: {listed(found)}. Pass the same data in the same order, or set `ignore_data_skip=True` to read "
             "the new data from the start."
@@ -183,7 +184,7 @@ def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None
     before training; otherwise, other pairs only make evaluations incomparable."""
     found = differences(*_known_to_both(before, now))
     if has_budget and (found or (before is None) != (now is None)):
-        raise ValueError(
+        raise UserError(
             "`winner_budget` compares errors with those before training on the same evaluation pairs, and the pairs "
             f"differ from the checkpoint's ({listed(found) or 'only one of the runs has some'}). Pass the checkpoint's "
             "`eval_dataset`, or start anew from its weights."

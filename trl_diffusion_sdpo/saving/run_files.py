@@ -20,6 +20,7 @@ from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
 from ..step.winner_budget import WinnerBudget
+from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import replacing
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import check_resumable, keeping_optimizer_settings, stored_settings
@@ -128,7 +129,7 @@ class RunFiles:
         if together:
             spoiled = next((names for names in gather_objects(spoiled) if names), [])
         if spoiled:
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Weights must be finite. {len(spoiled)} tensors are not finite, such as {', '.join(spoiled[:3])}. No "
                 "file was written or changed. Resume from the last checkpoint with a lower `learning_rate`, or use "
                 "bf16 instead of fp16."
@@ -181,7 +182,7 @@ class RunFiles:
         folder = Path(point)
         check_resumable(folder, setup(), stored_settings(folder), self._args)
         if not holds_optimizer(folder):
-            raise ValueError(
+            raise UserError(
                 f"A checkpoint to resume from must contain the optimizer's state. {folder} was saved without it "
                 "(`save_only_model=True`). Pass this folder as `model` to start anew from its weights."
             )
@@ -217,7 +218,7 @@ class RunFiles:
             return
         weights = self._weights.read(folder)
         if read_setup(folder).get(WEIGHTS) not in (None, fingerprint(weights)):
-            raise ValueError(
+            raise UserError(
                 f"A checkpoint must contain the weights with which it was written, and those in {folder} are others. "
                 "Copy the checkpoint again, or resume from another checkpoint (with `load_best_model_at_end`, set it "
                 "to False, and resume from the newest one)."

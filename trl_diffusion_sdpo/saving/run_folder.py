@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER
+from ..utils.errors import UserError
 from ..utils.locks import FolderLock
 from .checkpoints import checkpoints_in, restore_replaced, step_of
 from .setup import ARGS_FILE, SETUP_FILE, output_folder
@@ -60,7 +61,7 @@ class RunFolder:
             `ValueError`: If another run has locked the folder.
         """
         is_first = self._processes.is_main_process
-        with failing_together(ValueError) if all_processes else contextlib.nullcontext():
+        with failing_together(UserError) if all_processes else contextlib.nullcontext():
             if is_first:
                 self._acquire()
         try:
@@ -81,7 +82,7 @@ class RunFolder:
         Raises:
             `ValueError`: If the folder contains such checkpoints or weights and `overwrite` is false.
         """
-        with failing_together(ValueError):
+        with failing_together(UserError):
             if self._processes.is_main_process:
                 self._clear(checkpoint, overwrite)
         self._has_begun = True
@@ -101,7 +102,7 @@ class RunFolder:
             return
         if not overwrite:
             names = [path.name for path in others] + ["tuned weights"] * has_weights
-            raise ValueError(
+            raise UserError(
                 f"A run needs an output folder without files of another run, and {self.path} contains "
                 f"{', '.join(names)}. Continue the other run from its newest checkpoint with "
                 "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to "
@@ -116,7 +117,7 @@ class RunFolder:
         try:
             self._lock.acquire(LOCK_SECONDS)
         except Timeout as error:
-            raise ValueError(
+            raise UserError(
                 f"Only one run can use an output folder at a time, and another run is using {self.path}. Choose "
                 "another `output_dir`, or wait until that run has ended."
             ) from error
@@ -138,7 +139,7 @@ def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
             continue
         first = Path(*path.relative_to(folder).parts[:1])
         if path == folder or step_of(first) is not None or any(first.match(pattern) for pattern in WEIGHTS):
-            raise ValueError(
+            raise UserError(
                 "`output_dir` must not contain the model, the LoRA or the reference from which the run starts, because "
                 f"the run would overwrite or delete them. Got the folder {output_dir!r}, and {str(name)!r} is in this "
                 "folder. Choose another `output_dir`, or use `resume_from_checkpoint` to continue an interrupted run."

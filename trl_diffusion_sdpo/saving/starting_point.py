@@ -29,8 +29,8 @@ from ..models.adapters import (
 )
 from ..models.ema import EMA_FOLDER
 from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora
+from ..utils.errors import UserError
 from ..utils.files import json_object
-from ..utils.own_errors import is_own
 from ..utils.secrets import without_secrets
 from .resuming import stored_settings
 from .setup import SETUP_FILE, fingerprint, read_setup
@@ -97,7 +97,7 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
         base = _read_base(run, needs_denoiser=False)
         return StartingPoint(base["pipeline"], base["options"], denoiser=str(folder), adapter=chosen)
     if adapter is not None:
-        raise ValueError(
+        raise UserError(
             f"A policy can have only one LoRA. The run in {folder} trained a LoRA, and `adapter_name_or_path` names "
             f"another: {chosen}. Leave out `adapter_name_or_path`, or pass the base pipeline of that run as the model."
         )
@@ -145,7 +145,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
     """
     denoiser = getattr(pipeline, denoiser_name)
     if active_adapter(denoiser) is not None:
-        raise ValueError(
+        raise UserError(
             f"A policy can have only one LoRA, and the model already has one. Leave out the LoRA {source}."
         )
     path = _download_if_remote(source)
@@ -157,11 +157,11 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
             _attach_by_pipeline(pipeline, denoiser_name, path / LORA_FILE if path.is_dir() else path)
         name = active_adapter(denoiser)
     except (RuntimeError, LookupError, SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        if is_own(error):
+        if isinstance(error, UserError):
             raise
-        raise ValueError(f"The LoRA {source} cannot be loaded into a {type(denoiser).__name__}: {error}") from error
+        raise UserError(f"The LoRA {source} cannot be loaded into a {type(denoiser).__name__}: {error}") from error
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"A LoRA to train further must have weights for the pipeline's {denoiser_name}, a "
             f"{type(denoiser).__name__}. {source} has none of these weights. Check that it is a LoRA for this model."
         )
@@ -174,7 +174,7 @@ def _check_ranks(weights: Mapping[str, torch.Tensor], source: str) -> None:
     for module, rank in ranks(weights).items():
         largest = max(value.numel() // rank for key, value in weights.items() if split_key(key)[0] == module)
         if rank > largest:
-            raise ValueError(
+            raise UserError(
                 f"A LoRA's rank must not be higher than the dimensions of its layer. In {source}, it is {rank} in "
                 f"{module}, whose larger dimension is {largest}. Use another LoRA."
             )
@@ -192,13 +192,13 @@ def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
     base = stored_settings(run).get(BASE) or read_setup(run).get(BASE)
     base = _checked(base) if isinstance(base, dict) else None
     if base is None:
-        raise ValueError(
+        raise UserError(
             f"The files in {run} do not say from which pipeline the run started. Pass that pipeline as the model. If "
             f"the run trained a LoRA, also pass {run} as `adapter_name_or_path`."
         )
     for path in (base["pipeline"], base["denoiser"] if needs_denoiser else None):
         if path is not None and os.path.isabs(path) and not os.path.exists(path):
-            raise ValueError(
+            raise UserError(
                 f"The run in {run} started from {path}, which no longer exists. If {path} was moved, pass the new path "
                 f"as the model. If the run trained a LoRA, also pass {run} as `adapter_name_or_path`."
             )
@@ -245,7 +245,7 @@ def _warn_of_another_base(denoiser: nn.Module, lora: Path) -> None:
 def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
     file = folder / PEFT_FILE
     if not file.is_file():
-        raise ValueError(_no_lora(file))
+        raise UserError(_no_lora(file))
     config, weights = read_lora(folder)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # the trained weights replace this initialization below
@@ -259,18 +259,18 @@ def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
 def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
     """Load a LoRA from a file with the pipeline's `load_lora_weights`."""
     if not loads_lora(type(pipeline)):
-        raise ValueError(
+        raise UserError(
             f"A {type(pipeline).__name__} has no `load_lora_weights`, so it cannot load {file}. Use a folder in PEFT's "
             f"format, with the file {PEFT_CONFIG_FILE}."
         )
     if not file.is_file() or file.suffix != ".safetensors":
-        raise ValueError(_no_lora(file))
+        raise UserError(_no_lora(file))
     with safe_open(file, "pt") as opened:
         shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
         metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
     of_text = next((key for key in shapes if key.startswith(_OF_TEXT)), None)
     if of_text is not None:
-        raise ValueError(
+        raise UserError(
             f"The trainer does not tune text encoders, and {file} contains LoRA weights for them, such as {of_text}. "
             "The saved LoRA would not contain these weights. Fuse the LoRA into the base model, or remove the weights "
             "of text encoders from the file."
@@ -280,7 +280,7 @@ def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
     try:
         settings = {key.removeprefix(prefix): value for key, value in json_object(metadata).items()}
     except ValueError as error:
-        raise ValueError(f"The settings in the LoRA {file} cannot be read: {error}. Copy the file again.") from error
+        raise UserError(f"The settings in the LoRA {file} cannot be read: {error}. Copy the file again.") from error
     check_stored_lora(settings, shapes, file)
     pipeline.load_lora_weights(
         file.parent, weight_name=file.name, adapter_name=POLICY_ADAPTER, use_safetensors=True, local_files_only=True
@@ -293,7 +293,7 @@ def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
     described = _described_modules(denoiser, settings)
     absent = described - {layer for layer, _ in map(split_key, stored)}
     if absent:
-        raise ValueError(
+        raise UserError(
             f"A LoRA must have tensors for each module that its file describes. {file} lacks those of {len(absent)} of "
             f"{len(described)} modules, such as {min(absent)}. Copy the file again."
         )
@@ -327,7 +327,7 @@ def _download_if_remote(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[PEFT_CONFIG_FILE, PEFT_FILE, LORA_FILE, SETUP_FILE]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
+        raise UserError(
             f"A LoRA must be a folder, a .safetensors file or a Hub id. No folder or file is named {source}, and it "
             f"cannot be downloaded from the Hub: {error}"
         ) from error

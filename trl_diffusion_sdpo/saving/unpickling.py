@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch.serialization import safe_globals
 
 from ..engines.sharding import unwrapping_refused_pickles
+from ..utils.errors import UserError
 
 DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # written by `torch.distributed.checkpoint` for FSDP2
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -64,13 +65,13 @@ def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
         except pickle.UnpicklingError as error:
             # Do not show torch's message, which advises the user to load without a check.
             asked = re.search(r"GLOBAL (\S+)", str(error))
-            raise ValueError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
+            raise UserError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
         except (SafetensorError, EOFError, FileNotFoundError) as error:
-            raise ValueError(_DAMAGED.format(error)) from error
+            raise UserError(_DAMAGED.format(error)) from error
         except RuntimeError as error:
             if "PytorchStreamReader" not in str(error):  # torch has no error class for a damaged file
                 raise
-            raise ValueError(_DAMAGED.format(str(error).partition("\n")[0])) from error
+            raise UserError(_DAMAGED.format(str(error).partition("\n")[0])) from error
 
 
 @contextlib.contextmanager
@@ -91,7 +92,7 @@ def refuse_code_in_metadata(folder: Path) -> None:
             with open(file, "rb") as stream:
                 _MetadataUnpickler(stream).load()
         except Exception as error:  # malformed pickles raise errors of many types
-            raise ValueError(_REFUSED.format(f"{file.relative_to(folder)}: {error}")) from error
+            raise UserError(_REFUSED.format(f"{file.relative_to(folder)}: {error}")) from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

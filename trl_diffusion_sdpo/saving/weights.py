@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ..models.adapters import NAME, adapter_state, check_stored_lora, lora_scaling
 from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora, pattern_key
+from ..utils.errors import UserError
 from ..utils.files import json_object
 from ..utils.secrets import without_secrets
 
@@ -129,7 +130,7 @@ class WeightFiles:
                 if (folder / PEFT_FILE).is_file()
                 else ""
             )
-            raise ValueError(
+            raise UserError(
                 "To resume full tuning, the checkpoint must contain the folder "
                 f"{self._denoiser_name}. {folder} does not.{hint}"
             )
@@ -180,7 +181,7 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
     """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if the weights' shapes differ from `shapes`."""
     file = folder / PEFT_FILE
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"A checkpoint of a LoRA must contain {PEFT_FILE}, and {folder} does not. If the run tuned all weights, "
             "resume without `peft_config`."
         )
@@ -202,7 +203,7 @@ def read_lora(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     try:
         settings = json_object(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} must contain the settings of a LoRA: {error}. Copy the file again.") from error
+        raise UserError(f"{file} must contain the settings of a LoRA: {error}. Copy the file again.") from error
     weights = _tensors_of(folder / PEFT_FILE)
     choices = (settings.get("target_modules"), settings.get("exclude_modules"))
     named: dict[str, Any] = {}
@@ -219,7 +220,7 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple
     """Raise `ValueError` if a LoRA's tensors in a file, by name and shape, are not those of the model's LoRA."""
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
-        raise ValueError(
+        raise UserError(
             f"A LoRA must fit the model, and {file} contains a LoRA for another architecture or configuration. The "
             f"file has {len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use "
             "the base model and the `peft_config` of the run that wrote this file."

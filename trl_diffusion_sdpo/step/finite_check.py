@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..engines.processes import max_over_processes, several_processes
+from ..utils.errors import NotFiniteError
 
 
 class FiniteCheck:
@@ -70,7 +71,7 @@ class FiniteCheck:
         values = zip(rows.tolist(), losses.float().tolist(), strict=True)
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
         listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "in another process"
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not finite "
             f"({listed}). This step has not changed the weights. Look at these rows of the data set, resume from the "
             "last checkpoint with a lower learning rate, or use bf16 instead of fp16."

@@ -37,6 +37,7 @@ from ..losses import (
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
+from ..utils.errors import UserError
 
 VAE_SEED_MASK = 0x5DEECE66D  # makes the seed of a pair's VAE encoding differ from the seed of its noise
 
@@ -503,7 +504,7 @@ def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
         ValueError: If there is neither one row per pair nor one per image.
     """
     if len(conditioning) not in (rows, rows // 2):
-        raise ValueError(
+        raise UserError(
             f"A batch of {rows // 2} pairs must have a prompt for each pair, or one for each of its {rows} images, "
             f"winners first. Got {len(conditioning)} prompts. Correct the `data_collator`."
         )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..losses import order_by_scores, winner_error_gradient, within
+from ..utils.errors import UserError
 from .branch_gradients import ANCHOR, LOSER, OUTSIDE, WINNER, BranchGradients
 from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, PairPredictions
@@ -155,7 +156,7 @@ def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[Pai
     allowed = {id(leaf) for pairs in predictions for leaf in (pairs.policy, pairs.anchored)}
     others = leaves - allowed
     if others or not any(id(pairs.policy) in leaves for pairs in predictions):
-        raise ValueError(
+        raise UserError(
             "With `safeguard='parameter'`, the loss must depend on the model only through the outputs of "
             "`super().compute_loss(..., return_outputs=True)`. Got a loss that "
             + ("also depends on other trained tensors." if others else "does not depend on the predictions.")

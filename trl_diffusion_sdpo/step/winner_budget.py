@@ -19,6 +19,7 @@ from torch import nn
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores, region_factors
 from ..models.ema import EMAWeights
+from ..utils.errors import UserError
 from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, eval_mode, take_rows
 
@@ -35,7 +36,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         if min(self.pairs, self.steps) < 1:
-            raise ValueError(
+            raise UserError(
                 f"`winner_budget_kwargs` must have `pairs` and `steps` of at least 1, got {self.pairs} and "
                 f"{self.steps}. Leave them out to use the defaults."
             )
@@ -106,7 +107,7 @@ class WinnerBudget:
         """Load the state that `save` wrote. Raises `ValueError` if the file is missing."""
         file = folder / BUDGET_FILE
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"A run with `winner_budget` can resume only from a checkpoint that contains {BUDGET_FILE}, and "
                 f"{folder} does not. Resume from a complete checkpoint of a run with `winner_budget`, or leave the "
                 "setting out."

@@ -33,6 +33,7 @@ from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
 from ..utils._compat import attention_backends, compile_with_eager_rounding, repeated_blocks
+from ..utils.errors import UserError
 from ..utils.identity import describe_component, hash_of_tensors, public_config
 from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
@@ -61,7 +62,7 @@ def load_policy(
         model = start.pipeline
         options = start.with_recorded(options)
     if quantization_config is not None and peft_config is None and start.adapter is None:
-        raise ValueError(
+        raise UserError(
             "`quantization_config` needs `peft_config`, because quantized weights cannot be trained themselves. No "
             "`peft_config` was passed. Pass a `LoraConfig`, or leave `quantization_config` out."
         )
@@ -113,18 +114,18 @@ def choose_trained_weights(
                 )
     halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
     if halves and adapter is None:
-        raise ValueError(
+        raise UserError(
             "Full tuning needs float32 weights, because small updates would be lost in half precision. Got "
             f"{', '.join(halves)}. Load the model with `dtype='float32'`, and set `bf16=True` to compute in half "
             "precision."
         )
     if halves and autocast_dtype(args.mixed_precision) is None:
-        raise ValueError(
+        raise UserError(
             "A LoRA trains in float32, and can be combined with a half-precision base model only under autocast. Got a "
             f"base model in {', '.join(halves)} without autocast. Set `bf16=True` or `fp16=True`."
         )
     if args.save_full_pipeline and adapter is not None:
-        raise ValueError(
+        raise UserError(
             "`save_full_pipeline=True` needs full tuning, because the saved pipeline would not contain a LoRA. Got a "
             "LoRA. Leave `save_full_pipeline` off, and load the saved LoRA into the base model with "
             "`load_lora_weights`."
@@ -165,7 +166,7 @@ def make_reference(
     if ref_model is not None:
         users_reference = load_ref_model(ref_model, loaded, args)
         if users_reference is loaded.denoiser:
-            raise ValueError(
+            raise UserError(
                 "`model` and `ref_model` must be two objects. A shared object would train as the reference too, and "
                 f"all margins would stay 0. Got one {type(users_reference).__name__} for both. Leave `ref_model` out, "
                 "or pass a copy of the model."
@@ -333,7 +334,7 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
         return
     by_block = bool(repeated_blocks(denoiser)) and not by_engine(args)
     if args.precompute_ref_errors and not by_block:
-        raise ValueError(
+        raise UserError(
             "`precompute_ref_errors=True` with `torch_compile=True` needs one process or DDP, and a model whose "
             f"repeated blocks diffusers lists. Got a {type(denoiser).__name__}, which accelerate would compile after "
             "the reference's errors are computed, so that policy and reference round differently. Leave one of the two "

@@ -63,6 +63,7 @@ from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs
 from ..utils._compat import check_trainer
 from ..utils.disk import naming_the_disk
+from ..utils.errors import UserError
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
 from .callbacks import add_callbacks, load_sample_scores, make_sample_images
@@ -436,7 +437,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
-            raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
+            raise UserError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
         sampler = self.train_dataset.sampler(
             pairs_of_a_step(self.args, self._train_batch_size),
             shuffled=self.args.train_sampling_strategy == "random",
@@ -466,7 +467,7 @@ class DiffusionSDPOTrainer(Trainer):
         own_sets = self._eval_sets()
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
-            raise ValueError(
+            raise UserError(
                 "Evaluation needs an `eval_dataset`, got None. Pass evaluation data to the trainer or to `evaluate`."
             )
         if isinstance(eval_dataset, str):
@@ -566,9 +567,9 @@ class DiffusionSDPOTrainer(Trainer):
             `DiskFullError`: If the disk has too little space for a checkpoint or an image.
         """
         if self.train_dataset is None:
-            raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
+            raise UserError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
         if self._engine_ready and self.engine.holds_shards:
-            raise ValueError(
+            raise UserError(
                 "Under DeepSpeed and FSDP, `train` can be called only once per trainer, because the engine has "
                 "converted the weights. `train` was called a second time. To continue, make a new trainer and pass "
                 "`resume_from_checkpoint`."
@@ -802,7 +803,7 @@ class DiffusionSDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         if self.engine.holds_shards and not self._engine_ready:
-            raise ValueError(
+            raise UserError(
                 "Under DeepSpeed and FSDP, a model can be evaluated only after `train` has set up the engine. "
                 "`evaluate` was called before `train`. Set `eval_on_start=True`, call `evaluate` after `train`, or "
                 "evaluate without DeepSpeed and FSDP."

@@ -24,6 +24,7 @@ from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
+from ..utils.errors import UserError
 from ..utils.score_scale import SCORE_SCALES, SHARES, ScoreReading, ScoreScale, score_scale
 from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
@@ -101,12 +102,12 @@ def check_source_column(
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
         has = "has" if pairs.has_sources else "does not have"
         advice = "Use an edit model, or remove the column." if pairs.has_sources else "Add the column."
-        raise ValueError(
+        raise UserError(
             f"Edit models need a `source` column, and other models allow no such column. {family.name} "
             f"{'is' if family.takes_source else 'is not'} an edit model, and the {name} data {has} the column. {advice}"
         )
     if args.random_crop:
-        raise ValueError(
+        raise UserError(
             f"`random_crop` does not work with source images yet. Got {name} data with source images. Leave "
             "`random_crop` out."
         )
@@ -127,7 +128,7 @@ def check_full_batch(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
     """Raise `ValueError` if training would drop its only batch, because the batch is incomplete."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(pairs) < batch:
-        raise ValueError(
+        raise UserError(
             f"`dataloader_drop_last=True` leaves no batch. One batch of all processes takes {batch} pairs, and the "
             f"training data have {len(pairs)}. Lower `per_device_train_batch_size`, or set "
             "`dataloader_drop_last=False`."
@@ -239,7 +240,7 @@ def check_identical(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None
     same = peers(args).first(pairs.sample_of_identical)
     what = f"{sum(same)} of {len(same)} pairs of the {pairs.report.name} data that were compared"
     if all(same):
-        raise ValueError(
+        raise UserError(
             f"The two images of a pair must differ, and {what} have the same image twice. Check the columns, or use "
             "`loss_type='sft'` to train on winners alone."
         )

@@ -49,6 +49,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 # Lets `torch.load(weights_only=True)` read numpy's random states in a checkpoint.
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 
+from .errors import UserError
+
 # transformers 5.23 renamed these arguments. Remove the old names when no supported transformers has them.
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
@@ -96,7 +98,7 @@ TRAINER_NAMES = {
 }
 
 
-class UnsupportedVersionError(ImportError):
+class UnsupportedVersionError(ImportError, UserError):
     """Error for a library whose installed version lacks what this package needs."""
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .errors import UserError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LITTLE = 64 * 2**20  # bytes
 
 
-class DiskFullError(OSError):
+class DiskFullError(OSError, UserError):
     """Error for files that do not fit on the disk. The message names the folder and the disk's free space."""
 
     def __init__(self, message: str):
@@ -43,7 +45,7 @@ def naming_the_disk(
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and _is_in(folder, error.filename):
-            raise ValueError(
+            raise UserError(
                 f"The folder {folder} must be writable, and {error.filename} cannot be written: {error.strerror}. "
                 f"Change the folder's permissions, or choose another `{setting}`."
             ) from error

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import UserError
+
 VERDICT_FILE = "verdict.json"  # in the folder of a run
 MANIFEST_FILE = "manifest.jsonl"  # in a folder of images
 NEW_FILES = "_new"  # folder of files that [`replacing`] has not moved yet; the underscore excludes it from uploads
@@ -91,9 +93,9 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
+        raise UserError("the JSON is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"the JSON must be an object, got {type(value).__name__}")
+        raise UserError(f"the JSON must be an object, got {type(value).__name__}")
     return value
 
 

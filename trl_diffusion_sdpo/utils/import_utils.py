@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from .errors import UserError
+
 # Name of one of this package's extras -> the module that the extra installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
@@ -20,7 +22,7 @@ _IDLE_WARNINGS = (
 )
 
 
-class MissingExtraError(ImportError):
+class MissingExtraError(ImportError, UserError):
     """Error for an optional dependency that is not installed. The message says how to install it."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Renamed:
@@ -65,7 +67,7 @@ def refuse_renamed(names: Iterable[str]) -> None:
     """Raise `ValueError` with a sentence for each name of a setting of earlier versions."""
     sentences = [renamed_setting(name) for name in names if name in RENAMED]
     if sentences:
-        raise ValueError(" ".join(sentences))
+        raise UserError(" ".join(sentences))
 
 
 def with_new_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from .errors import UserError
+
 SCALE_COLUMN = "score_scales"  # each row has a list with one scale for each scorer
 # What a loss needs: scores divided by their usual range, differences that are log-odds, or shares of comparisons.
 Unit = Literal["range", "log_odds", "share"]
@@ -45,7 +47,7 @@ class ScoreScale:
         """
         first = value[0] if isinstance(value, list) and value else None
         if not isinstance(first, Mapping) or not isinstance(first.get("scorer"), str):
-            raise ValueError(
+            raise UserError(
                 f"`{SCALE_COLUMN}` must be a list of scales as `pairs score` writes it, got {value!r}. Remove the "
                 "column, or score the pairs again"
             )
@@ -57,7 +59,7 @@ class ScoreScale:
         lowest = -math.inf if self.lowest is None else self.lowest
         highest = math.inf if self.highest is None else self.highest
         if not lowest - ROUNDING * abs(lowest) <= score <= highest + ROUNDING * abs(highest):
-            raise ValueError(
+            raise UserError(
                 f"`{column}` must be in [{lowest:g}, {highest:g}], because it has the scale of {self.scorer}, got "
                 f"{score:g}. Score the images with `pairs score`, which also writes their scale"
             )
@@ -69,19 +71,19 @@ class ScoreScale:
             ValueError: If the scale does not say how to compute this unit.
         """
         if unit == "share":
-            raise ValueError(
+            raise UserError(
                 f"`capo` needs shares of comparisons, got scores of {self.scorer}. Set `calibrated_scores: true`"
             )
         if unit == "log_odds":
             if self.log_odds is None:
-                raise ValueError(
+                raise UserError(
                     "`calibrated_scores` needs scores whose differences are log-odds of a preference, and those of "
                     f"{self.scorer} are not. Score the images with pickscore, hpsv2.1 or image_reward, or remove the "
                     f"column `{SCALE_COLUMN}` and multiply the scores yourself"
                 )
             return self.log_odds
         if self.low is None or self.high is None or not self.high > self.low:
-            raise ValueError(f"the usual range of {self.scorer} is not known. Score the images again")
+            raise UserError(f"the usual range of {self.scorer} is not known. Score the images again")
         return 1 / (self.high - self.low)
 
 
@@ -117,7 +119,7 @@ def score_scale(value: float | str) -> float:
     if not isinstance(value, str):
         return value
     if value not in SCORE_SCALES:
-        raise ValueError(
+        raise UserError(
             f"`smpo_score_scale` must be a number or one of {', '.join(SCORE_SCALES)}. Got {value!r}. For another "
             "scorer, score the images with `pairs score`, and leave `smpo_score_scale` out."
         )

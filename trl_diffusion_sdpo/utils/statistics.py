@@ -12,6 +12,8 @@ from statistics import NormalDist, stdev
 
 import numpy as np
 
+from .errors import UserError
+
 LEVEL = 0.05  # significance level of the tests; intervals cover 95 %
 FEW_PROMPTS = 30  # with fewer prompts, only large differences show
 BETTER = "better"
@@ -72,12 +74,12 @@ def win_rate(scores: np.ndarray, base: np.ndarray) -> WinRate:
         `ValueError`: If the shapes differ, or there is no prompt and seed for which both models have a score.
     """
     if scores.shape != base.shape:
-        raise ValueError(f"Scores of both models must have the same shape, got {scores.shape} and {base.shape}.")
+        raise UserError(f"Scores of both models must have the same shape, got {scores.shape} and {base.shape}.")
     difference = scores - base
     present = np.isfinite(difference)
     usable = present.any(axis=1)
     if not usable.any():
-        raise ValueError(
+        raise UserError(
             "A win rate needs a prompt and seed for which the images of both models have scores, but there is no such "
             "prompt and seed."
         )

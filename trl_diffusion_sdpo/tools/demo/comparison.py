@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from ...utils.errors import UserError
 from ..guidance import preference_guidance
 from .methods import GUIDED_FROM, GUIDED_METHOD, METHODS, RUNS_FOLDER, Method
 from .pairs import eval_pairs, off_policy_pairs
@@ -65,7 +66,7 @@ def run_demo(
     """
     steps = STEPS if max_steps is None else max_steps
     if seed < 0 or steps < 1:
-        raise ValueError(f"`seed` must be at least 0 and `max_steps` at least 1, got {seed} and {steps}.")
+        raise UserError(f"`seed` must be at least 0 and `max_steps` at least 1, got {seed} and {steps}.")
     settings = {
         "seed": seed,
         "max_steps": steps,
@@ -77,7 +78,7 @@ def run_demo(
     }
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"`output_dir` must be a new or empty folder, got {folder}. Use another folder.")
+        raise UserError(f"`output_dir` must be a new or empty folder, got {folder}. Use another folder.")
     started = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, THREADS))

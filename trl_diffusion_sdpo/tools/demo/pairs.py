@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from ...utils.errors import UserError
 from .oracle import oracle_score
 from .world import Caption, captions, imperfect_render
 
@@ -52,7 +53,7 @@ def write_pairs(splits: Mapping[str, Dataset], folder: str | Path) -> Path:
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"The folder for the pairs must be new or empty, got {folder}. Use another folder.")
+        raise UserError(f"The folder for the pairs must be new or empty, got {folder}. Use another folder.")
     for split, pairs in splits.items():
         (folder / split / "images").mkdir(parents=True)
         lines = []

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...utils.errors import UserError
+
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.10, 0.10),
     "green": (0.10, 0.70, 0.15),
@@ -62,7 +64,7 @@ def parse_caption(text: str) -> Caption:
         is_of_world = caption.colour in COLOURS and caption.shape in SHAPES and caption.background in BACKGROUNDS
         if is_of_world and caption.text == text:
             return caption
-    raise ValueError(
+    raise UserError(
         f"A prompt of the toy world must be 'a <colour> <shape> on <background>', got {text!r}. Use a colour of "
         f"{list(COLOURS)}, a shape of {list(SHAPES)} and a background of {list(BACKGROUNDS)}."
     )

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from diffusers import DiffusionPipeline
 
+from ...utils.errors import UserError
+
 Form = Literal["weights", "guidance"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -50,22 +52,22 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(
+            raise UserError(
                 "A model's name is used in file names, so it must begin with a letter from a to z or a digit, and have "
                 f"only these letters, digits, dots, dashes and underscores. Got {self.name!r}. Choose another name."
             )
         if self.lora is not None and not isinstance(self.model, str):
-            raise ValueError(
+            raise UserError(
                 f"`lora` cannot be set for a loaded pipeline, got {self.lora} for the model {self.name}. Load the "
                 "LoRA into the pipeline yourself."
             )
         if self.form not in get_args(Form):
-            raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}, got {self.form!r}.")
+            raise UserError(f"`form` must be one of {', '.join(get_args(Form))}, got {self.form!r}.")
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(
+            raise UserError(
                 f"`scale` must be a finite number above 0, got {self.scale}. For scale 0, evaluate the base model."
             )
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(
+            raise UserError(
                 f"`interval` must be two noise levels (low, high) with 0 <= low < high <= 1, got {self.interval}."
             )

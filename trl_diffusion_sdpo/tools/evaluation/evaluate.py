@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...utils.disk import naming_the_disk
+from ...utils.errors import UserError
 from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
 from ...utils.processes import Peers
 from ...utils.statistics import agreement, holm, win_rate
@@ -86,19 +87,19 @@ def evaluate_models(
     """
     settings = settings or ImageSettings()
     if isinstance(prompts, str):
-        raise ValueError(
+        raise UserError(
             f"`prompts` must be a list, got {prompts!r}. If this is a file, pass `read_prompts({prompts!r})`."
         )
     listed = prompts if isinstance(prompts, PromptList) else distinct_prompts(prompts)
     if not candidates:
-        raise ValueError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
+        raise UserError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [file_name(scorer.name) for scorer in scorers])
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"`output_dir` must be a folder that can be written, got {folder}: {error.strerror}. Use another folder."
         ) from error
     with naming_the_disk(folder):
@@ -129,7 +130,7 @@ def _evaluate(
     for scorer_name, by_model in scores.items():
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
-                raise ValueError(
+                raise UserError(
                     f"{scorer_name} cannot compare {name} with {base}, because there is no prompt and seed for which "
                     "the images of both models have scores. Black images have no score. Turn off the safety checker, "
                     "or look at the images."
@@ -166,7 +167,7 @@ def _evaluate(
 
 def _check_names(kind: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ValueError(f"All {kind} of an evaluation must have different names, got {list(names)}. Rename some.")
+        raise UserError(f"All {kind} of an evaluation must have different names, got {list(names)}. Rename some.")
 
 
 def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:

@@ -31,6 +31,7 @@ from ...models.generation import call_options, draw_images, in_own_precision, no
 from ...models.loading import load_model
 from ...models.text_checks import hide_truncation_warnings, note_on_long_prompts
 from ...saving.starting_point import INDEX_FILE, attach_adapter, starting_point
+from ...utils.errors import UserError
 from ...utils.files import write_atomically
 from ...utils.identity import (
     describe_pipeline,
@@ -88,12 +89,12 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         if self.protocol not in (None, "authors"):
-            raise ValueError(f"`protocol` must be `authors` or unset, got {self.protocol!r}.")
+            raise UserError(f"`protocol` must be `authors` or unset, got {self.protocol!r}.")
         usable_device(self.device)
         if self.noise not in ("prompt", "shared"):
-            raise ValueError(f"`noise` must be `prompt` or `shared`, got {self.noise!r}.")
+            raise UserError(f"`noise` must be `prompt` or `shared`, got {self.noise!r}.")
         if self.batch_size < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
+            raise UserError(
                 f"`batch_size` must be at least 1, and `seeds` must be one or more different numbers, got "
                 f"{self.batch_size} and {self.seeds}."
             )
@@ -174,7 +175,7 @@ def _generate(
         _draw_as_the_authors(pipeline)
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
     if needs_base and (base is None or base is candidate):
-        raise ValueError(
+        raise UserError(
             f"A model with a scale and without a LoRA needs a base model, but {candidate.name} has none. List the base "
             "model first."
         )
@@ -194,7 +195,7 @@ def _generate(
             try:
                 images = draw_images(pipeline, texts, generators, **options)
             except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-                raise ValueError(
+                raise UserError(
                     f"The {type(pipeline).__name__} of {candidate.name} cannot draw with the `call_kwargs` "
                     f"{call_kwargs}: {error}"
                 ) from error
@@ -289,13 +290,13 @@ def record_settings(target: Path, facts: dict[str, Any]) -> None:
     if any(target.glob("*.png")):
         before = read_description(path)
         if before is None or before.get("format") != _FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"{target} has images, and {SETTINGS_FILE} does not say all that they depend on, because an earlier "
                 "version of this package wrote it or it was deleted. Use another output folder, or delete that folder."
             )
         found = differences(before, facts)
         if found:
-            raise ValueError(
+            raise UserError(
                 f"{target} has images that were generated with other settings or models: {listed(found)}. Use another "
                 "output folder, or delete that folder."
             )

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...utils.errors import UserError
+
 PROMPT_COLUMNS = ("prompt", "caption", "text", "Prompt", "caption_text")
 
 
@@ -34,7 +36,7 @@ class PromptList:
             `ValueError`: If `count` is below 1.
         """
         if count < 1:
-            raise ValueError(
+            raise UserError(
                 f"An evaluation needs at least one prompt, got a limit of {count} prompts. Raise the limit."
             )
         return replace(self, prompts=self.prompts[:count])
@@ -57,15 +59,15 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
     path = Path(source)
     if path.suffix in _READERS:
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"The prompts must be in a file or a dataset, and there is no file {path}. Check the path."
             )
         try:
             entries = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"A prompt file must be UTF-8, and {path} is not: {error}. Convert it.") from error
+            raise UserError(f"A prompt file must be UTF-8, and {path} is not: {error}. Convert it.") from error
         except (ValueError, RecursionError, csv.Error) as error:
-            raise ValueError(f"{path} could not be read as a {path.suffix[1:]} file of prompts: {error}") from error
+            raise UserError(f"{path} could not be read as a {path.suffix[1:]} file of prompts: {error}") from error
     else:
         import datasets
 
@@ -86,7 +88,7 @@ def distinct_prompts(prompts: Sequence[str], source: Any = "the list") -> Prompt
     filled = [prompt for prompt in stripped if prompt]
     distinct = tuple(dict.fromkeys(filled))
     if not distinct:
-        raise ValueError(f"An evaluation needs at least one prompt, and {source} has none. Add prompts.")
+        raise UserError(f"An evaluation needs at least one prompt, and {source} has none. Add prompts.")
     return PromptList(distinct, len(stripped) - len(filled), len(filled) - len(distinct))
 
 
@@ -95,11 +97,11 @@ def _prompt(entry: Any, column: str | None, source: Any) -> str:
         return entry
     if not isinstance(entry, dict):
         hint = "" if column is None else f" Only mappings have a column `{column}`: leave `--prompt_column` out."
-        raise ValueError(f"Each entry of {source} must be a prompt or a mapping with a prompt, got {entry!r}.{hint}")
+        raise UserError(f"Each entry of {source} must be a prompt or a mapping with a prompt, got {entry!r}.{hint}")
     columns = PROMPT_COLUMNS if column is None else (column,)
     name = next((name for name in columns if isinstance(entry.get(name), str)), None)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"The prompts of {source} must be in a column {' or '.join(f'`{name}`' for name in columns)}, got the "
             f"columns {sorted(entry)}. Name the right column with `--prompt_column` (in Python: `column`)."
         )
@@ -109,7 +111,7 @@ def _prompt(entry: Any, column: str | None, source: Any) -> str:
 def _read_json(text: str) -> list[Any]:
     content = json.loads(text)
     if not isinstance(content, list):
-        raise ValueError(f"the file must contain a list of prompts, got a {type(content).__name__}")
+        raise UserError(f"the file must contain a list of prompts, got a {type(content).__name__}")
     return content
 
 
@@ -117,7 +119,7 @@ def _read_csv(text: str) -> list[dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(text)))
     for number, row in enumerate(rows, 1):
         if None in row:
-            raise ValueError(f"row {number} has more cells than there are columns. Put prompts with commas in quotes")
+            raise UserError(f"row {number} has more cells than there are columns. Put prompts with commas in quotes")
     return rows
 
 

@@ -20,6 +20,7 @@ from ...models.adapters import active_adapter, adapter_layers, base_tensors, lor
 from ...models.reference import architecture_difference
 from ...saving.model_card import recommend_scale
 from ...saving.starting_point import run_of
+from ...utils.errors import UserError
 from ...utils.statistics import mean_interval, standard_error
 from ..guidance import preference_guidance
 from ..guidance.arithmetic import interpolate
@@ -52,7 +53,7 @@ class Sweep:
 def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
     """Return copies of a candidate, one at each scale, with names such as `tuned-2` and `tuned-1.5`."""
     if candidate.scale is not None:
-        raise ValueError(
+        raise UserError(
             f"A model with a scale cannot be evaluated at several other scales, and {candidate.name} has the scale "
             f"{candidate.scale:g}. Set either the scale of the model or `scales`."
         )
@@ -154,7 +155,7 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
             yield
     elif is_lora:
         if any(config.use_dora for config in lora_configs(denoiser).values()):
-            raise ValueError(
+            raise UserError(
                 f"The weights of a DoRA cannot be scaled, because they are normalized. {candidate.name} is a DoRA with "
                 f"the scale {candidate.scale:g}. Use `form='guidance'`, or leave the scale out."
             )
@@ -170,7 +171,7 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
 def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) -> Iterator[None]:
     different = architecture_difference(denoiser, base)
     if different is not None:
-        raise ValueError(
+        raise UserError(
             f"To scale the weights of {candidate.name}, the first model in the list must be its base model, with the "
             f"same architecture. The first model differs: {different}. List the right base model first."
         )

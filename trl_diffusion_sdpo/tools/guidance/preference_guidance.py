@@ -16,6 +16,7 @@ from torch import nn
 
 from ...families import Family
 from ...families.registry import family_for_class_name
+from ...utils.errors import UserError
 from .guide import Form, Guide, without_prompt_cache
 from .reference import reference_of
 
@@ -99,7 +100,7 @@ def preference_guidance(
         if not (
             are_two and all(isinstance(end, Real) for end in interval) and 0.0 <= interval[0] < interval[1] <= 1.0
         ):
-            raise ValueError(
+            raise UserError(
                 f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Noise level 0 is "
                 "the clean image, and 1 is pure noise."
             )
@@ -107,7 +108,7 @@ def preference_guidance(
     denoiser = family.denoiser
     unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
     if unconditional is not None and form == "npo":
-        raise ValueError(
+        raise UserError(
             "The form 'npo' needs a denoiser that also makes the unconditional predictions. For these predictions, "
             f"{family.name} has another network, `{family.unconditional_name}`, which is not tuned. Use the form "
             "'conditional'."
@@ -115,7 +116,7 @@ def preference_guidance(
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
         scheduler = type(family.pipeline.scheduler).__name__
-        raise ValueError(
+        raise UserError(
             "Scales above 1 and the form 'npo' are for models that generate in many steps, so that later steps can "
             f"correct a step that went too far. This {family.name} model generates in few steps "
             f"({scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
@@ -168,13 +169,13 @@ def _family_of(pipeline: Any) -> Family:
 
 def _checked_scale(scale: float | None, form: Form) -> float:
     if form not in get_args(Form):
-        raise ValueError(
+        raise UserError(
             f"`form` must be one of {', '.join(get_args(Form))}; got {form!r}. Use 'conditional' in place of the "
             "earlier form 'both': it measured as well, with fewer predictions."
         )
     if form == "npo":
         if scale is not None:
-            raise ValueError(
+            raise UserError(
                 f"The form 'npo' takes no `scale`. Got {scale}. Leave `scale` out, and set the pipeline's "
                 "`guidance_scale`, which extrapolates from the reference."
             )
@@ -182,7 +183,7 @@ def _checked_scale(scale: float | None, form: Form) -> float:
     if scale is None:
         return DEFAULT_SCALE
     if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
-        raise ValueError(
+        raise UserError(
             f"`scale` must be a finite number of at least 0. Got {scale!r}. Use 1 for the tuned model, and larger "
             "values for stronger guidance."
         )
@@ -198,13 +199,13 @@ def _checked_scale(scale: float | None, form: Form) -> float:
 
 def _check_denoiser(denoiser: nn.Module) -> None:
     if unwrap_module(denoiser) in _guided:
-        raise ValueError(
+        raise UserError(
             "Only one `preference_guidance` can guide a denoiser at a time. This denoiser is already guided, by an "
             "outer context or through another pipeline that has the same denoiser. End that context first."
         )
     plain: Any = unwrap_module(denoiser)
     if isinstance(plain, CacheMixin) and plain.is_cache_enabled:
-        raise ValueError(
+        raise UserError(
             "The denoiser must not cache results between steps, because the reference would then reuse the policy's "
             "results. This denoiser has a cache (`enable_cache`). Call `disable_cache()` first."
         )

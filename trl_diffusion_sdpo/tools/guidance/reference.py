@@ -12,6 +12,7 @@ from torch import nn
 from ...models.adapters import adapter_layers, lora_configs, unwrap_peft_model
 from ...models.reference import architecture_difference
 from ...models.weight_copies import using_adapter
+from ...utils.errors import UserError
 
 
 def reference_of(denoiser: nn.Module, reference: nn.Module | str | None) -> Callable[[dict[str, Any]], Any]:
@@ -28,7 +29,7 @@ def reference_of(denoiser: nn.Module, reference: nn.Module | str | None) -> Call
         _check_denoiser(denoiser, reference)
         return lambda inputs: reference(**inputs)
     if reference is not None and not isinstance(reference, str):
-        raise ValueError(
+        raise UserError(
             "`reference` must be None (the LoRA switched off), the name of an adapter, or a denoiser. Got a "
             f"{type(reference).__name__}. To use a pipeline's denoiser, pass the pipeline's `unet` or `transformer`."
         )
@@ -51,24 +52,24 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], name: str | None) ->
     acting = sorted({active for layer in layers if not layer.disable_adapters for active in layer.active_adapters})
     loaded = sorted(lora_configs(_plain(denoiser))) if layers else []
     if name is not None and name not in loaded:
-        raise ValueError(
+        raise UserError(
             f"`reference` must name a loaded adapter of the denoiser ({', '.join(loaded) or 'none is loaded'}). Got "
             f"{name!r}. Load it first: `pipeline.load_lora_weights(..., adapter_name={name!r})`."
         )
     if name is None and not acting:
-        raise ValueError(
+        raise UserError(
             "Without `reference`, the reference is the denoiser with its LoRA switched off, so a LoRA must be active. "
             f"No LoRA is active (loaded: {', '.join(loaded) or 'none'}). Load or activate a LoRA with "
             "`load_lora_weights`, `set_adapters` or `enable_lora`. If the LoRA is merged or all weights were tuned, "
             "pass the base model's denoiser as `reference`."
         )
     if any(layer.merged for layer in layers):
-        raise ValueError(
+        raise UserError(
             "The LoRA must not be merged into the weights, because it must be switched off for the reference. This "
             "LoRA is merged. Call `unfuse_lora()` first."
         )
     if acting == [name]:
-        raise ValueError(
+        raise UserError(
             f"`reference` must differ from the active adapter. Got {name!r} for both. Activate the tuned adapter with "
             "`set_adapters`."
         )
@@ -77,19 +78,19 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], name: str | None) ->
 def _check_denoiser(denoiser: nn.Module, reference: nn.Module) -> None:
     policy, other = _plain(denoiser), _plain(reference)
     if policy is other:
-        raise ValueError(
+        raise UserError(
             "`reference` must not be the pipeline's denoiser itself. Got the same module. Leave `reference` out to "
             "use the denoiser with its LoRA switched off."
         )
     difference = architecture_difference(policy, other)
     if difference is not None:
-        raise ValueError(
+        raise UserError(
             f"`reference` must have the architecture of the pipeline's denoiser. They differ: {difference}. Use the "
             "denoiser from which training started."
         )
     ours, theirs = (next(iter(module.parameters())).dtype for module in (policy, other))
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f"`reference` must have the dtype of the pipeline's denoiser, {ours}. Got {theirs}. Load it with "
             f"`dtype={ours}`."
         )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ...data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ...data.data_report import evenly_spaced
+from ...utils.errors import UserError
 from ...utils.files import write_atomically
 from ..evaluation.report import template, thumbnail_url
 from ..rewards import Scorer
@@ -50,7 +51,7 @@ def check_pairs(
     options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1)
     pairs = prepare_dataset(dataset, options, name="pairs")
     if not isinstance(pairs, PreferenceDataset):
-        raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
+        raise UserError("A stream cannot be checked. Load the data set without `streaming=True`.")
     source, origins = pairs.source, pairs.positions
     prompts = source.prompts_of_rows(origins[:, 0])
     counts = Counter(prompts)
@@ -117,4 +118,4 @@ def _scores(scorer: Scorer, images: list[Image.Image], prompt: str) -> list[floa
     try:
         return scorer(images, [prompt] * len(images)).tolist()
     except Exception as error:  # the user's own function may raise anything, and the data set is not to blame
-        raise ValueError(f"The scorer {scorer.name} failed with {type(error).__name__}: {error}") from error
+        raise UserError(f"The scorer {scorer.name} failed with {type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ...utils.errors import UserError
 from ...utils.score_scale import SCALE_COLUMN, ScoreScale
 from ..evaluation import Candidate, evaluate_models
 from ..evaluation.evaluate import score_rows
@@ -51,16 +52,16 @@ class Pairing:
 
     def __post_init__(self) -> None:
         if self.combination not in get_args(Combination):
-            raise ValueError(
+            raise UserError(
                 f"`combination` must be one of {', '.join(get_args(Combination))}, got {self.combination!r}."
             )
         if self.margin is not None and not self.margin > 0:
-            raise ValueError(
+            raise UserError(
                 f"`margin` must be above 0, got {self.margin}. Leave `margin` unset to pair only the best and the "
                 "worst image of each prompt."
             )
         if not all(isinstance(weight, int | float) and weight >= 0 for weight in self.weights.values()):
-            raise ValueError(f"The weights of scorers must be numbers of at least 0, got {dict(self.weights)}.")
+            raise UserError(f"The weights of scorers must be numbers of at least 0, got {dict(self.weights)}.")
 
 
 def generate_pairs(
@@ -104,18 +105,18 @@ def generate_pairs(
     pairing = pairing or Pairing()
     folder = Path(output_dir)
     if len(settings.seeds) < 2:
-        raise ValueError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
+        raise UserError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
     judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
     scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
     names = [scorer.name for scorer in scorers]
     if len(judges) > 1 or (judges and not scorers):
-        raise ValueError(
+        raise UserError(
             "At most one judge can be used, and only together with a scorer of single images. Got the judges "
             f"{[judge.name for judge in judges]} and the scorers {names}. Add a scorer such as `vlm_server`, or leave "
             "the judges out."
         )
     if unknown := sorted(set(pairing.weights) - set(names)):
-        raise ValueError(
+        raise UserError(
             f"`weights` must contain names of scorers that are used, which are {names}, got {unknown}. Correct the "
             "names."
         )
@@ -146,7 +147,7 @@ def generate_pairs(
                 row[f"{side}_noise_seed"] = settings.noise_seed(prompt, seed)
             rows.append({**row, SCALE_COLUMN: [scale]})
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"None of the {len(evaluation.prompts.prompts)} prompts has two images that can be paired. The rewards of "
             "a prompt's images are equal or differ by less than `margin`, or `combination` or the judge excludes the "
             "pair. Lower `margin`, or use more seeds or other scorers."
@@ -193,7 +194,7 @@ def pairs_of_negatives(
     images of a pair start from the same noise is this package's choice.
     """
     if {**(settings.call_kwargs or {}), **negative_kwargs} == (settings.call_kwargs or {}):
-        raise ValueError(
+        raise UserError(
             f"`negative_kwargs` must differ from the arguments of the chosen images, got {dict(negative_kwargs)} for "
             "both. Pass worse settings, such as a `guidance_scale` of 1."
         )
@@ -228,7 +229,7 @@ def pairs_of_negatives(
 def _refuse_picks(folder: Path) -> None:
     picks = folder / PICKS_FILE
     if picks.is_file() and picks.stat().st_size:
-        raise ValueError(
+        raise UserError(
             f"The pairs of {folder} were picked by a person and are never overwritten. Use another output folder."
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ...data.images import is_image
+from ...utils.errors import UserError
 from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
 
 MAX_PROMPT = 20_000  # characters
@@ -54,7 +55,7 @@ def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
     """Return the images in a folder's manifest, and the number of skipped lines for each reason."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"There is no {path}. Run `pairs from-images {folder}`, which writes this file for a folder of images."
         )
     images: dict[str, ListedImage] = {}
@@ -63,7 +64,7 @@ def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
         name = row.pop("image", None)
         prompt = row.pop("prompt", None)
         if not isinstance(name, str):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: `image` must be the path of an image, got {name!r}. Correct the line."
             )
         if not is_inside(folder, name):
@@ -77,7 +78,7 @@ def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
         elif name in images:
             left_out["listed twice"] += 1
         elif wrong := [column for column, kinds in _TYPES.items() if not isinstance(row.get(column), kinds)]:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: `{wrong[0]}` must not be {row[wrong[0]]!r}. Write `model` as text and "
                 "`seed` as a number, or leave the column out."
             )
@@ -112,11 +113,11 @@ def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number} is not valid JSON: {error}. Correct or remove the line."
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number} must be a JSON object, got a {type(row).__name__}. Correct or remove the line."
             )
         rows.append(row)

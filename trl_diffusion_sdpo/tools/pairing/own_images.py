@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 from ...data.data_report import MAX_EXAMPLES
 from ...data.image_folders import OTHER_CAPTION, UNREAD_FORMAT, is_other_caption, read_caption, stem_of
 from ...data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file, is_image, is_unread_image
+from ...utils.errors import UserError
 from ...utils.files import MANIFEST_FILE
 from .image_prompts import prompt_in_metadata, rating_in_metadata
 from .manifest import (
@@ -90,11 +91,11 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
             image with a prompt.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. Check the path.")
+        raise UserError(f"There is no folder {folder}. Check the path.")
     manifest = folder / MANIFEST_FILE
     earlier = read_json_lines(manifest, manifest.read_bytes()) if manifest.is_file() else []
     if any("model" in row for row in earlier):
-        raise ValueError(
+        raise UserError(
             f"`pairs from-images` is for your own images, but `evaluate` generated the images of {folder}. Run "
             "`pairs pick` on this folder without `pairs from-images`."
         )
@@ -134,7 +135,7 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
         more = ", ..." if len(names) > MAX_EXAMPLES else ""
         reasons.append(f"  left out: {len(names)} {reason}: {', '.join(names[:MAX_EXAMPLES])}{more}")
     if not listed:
-        raise ValueError(
+        raise UserError(
             "\n".join([f"{folder} has no image with a prompt.", *reasons])
             + "\nWrite the prompt of a.png into a.txt, or pass `--from_names` to use the file names as prompts."
         )
@@ -142,7 +143,7 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
         write_manifest(folder, listed)
         pairs = _write_pairs_again(folder, listed)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written to: {error}. Use a folder that you can write to.") from error
+        raise UserError(f"{folder} cannot be written to: {error}. Use a folder that you can write to.") from error
     rated = sum(RATING in image.facts for image in listed)
     return [
         f"{manifest}: {len(listed)} images of {len(by_prompt)} prompts. {several} of the prompts have at least two "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...utils.errors import UserError
 from ...utils.files import json_lines, write_atomically
 from .manifest import CONTENT, COPIES, MAX_PROMPT, OWN_COLUMNS, RATING, ListedImage, read_json_lines
 
@@ -28,7 +29,7 @@ PAIRS_FILE = "pairs.jsonl"
 SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
 
 
-class ConflictError(ValueError):
+class ConflictError(UserError):
     """Raised if a tab of the page repeats a pick or an undo that another tab has already made."""
 
 
@@ -79,7 +80,7 @@ class PickLog:
             try:
                 self._file = open(self.path, "ab", buffering=0)
             except OSError as error:
-                raise ValueError(
+                raise UserError(
                     f"{self.path} cannot be written: {error}. Use a folder that you can write to."
                 ) from error
         content = self.path.read_bytes()
@@ -94,7 +95,7 @@ class PickLog:
             try:
                 self._apply(entry)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}, line {number} is not a valid entry: {error!r}. Remove the line."
                 ) from error
         for pick in self._by_number.values():
@@ -139,7 +140,7 @@ class PickLog:
         """Replace a prompt of the manifest by an edited prompt. The manifest itself does not change."""
         edited = edited.strip()
         if not 0 < len(edited) <= MAX_PROMPT:
-            raise ValueError(f"A prompt must have 1 to {MAX_PROMPT} characters, got {len(edited)}. Edit it again.")
+            raise UserError(f"A prompt must have 1 to {MAX_PROMPT} characters, got {len(edited)}. Edit it again.")
         self._append({"prompt": prompt, "edited": edited})
 
     def close(self) -> None:
@@ -153,7 +154,7 @@ class PickLog:
             second = self._name_now(entry["second"], other)
             pick = Pick(int(entry["pick"]), first, second, entry["verdict"])
             if pick.verdict not in SHARES:
-                raise ValueError(f"verdict {pick.verdict!r}")
+                raise UserError(f"verdict {pick.verdict!r}")
             self._by_number[pick.number] = pick
             self._number = pick.number
         elif "undo" in entry:

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from ...data import load_pairs
 from ...data.images import FILE_FORMATS
 from ...saving.publishing import explained_hub_errors
+from ...utils.errors import UserError
 from ...utils.files import json_lines, write_atomically
 from ...utils.identity import hub_commit, short_hash
 from ..evaluation import Candidate
@@ -114,7 +115,7 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. Pass the output folder of `pairs pick` or `pairs generate`.")
+        raise UserError(f"There is no folder {folder}. Pass the output folder of `pairs pick` or `pairs generate`.")
     pairs = load_pairs(folder)
     assert isinstance(pairs, datasets.Dataset)
     columns = [column for column in IMAGE_COLUMNS if column in pairs.column_names]
@@ -151,7 +152,7 @@ def _without_metadata(*files: Mapping[str, Any], columns: Sequence[str]) -> dict
         try:
             images[name] = {"bytes": _stripped(content), "path": None}
         except Exception as error:  # decoders raise errors of any type
-            raise ValueError(
+            raise UserError(
                 f"Pairs can be uploaded only if all images can be read, and {file['path']} cannot: {error}. Remove its "
                 "pairs."
             ) from error

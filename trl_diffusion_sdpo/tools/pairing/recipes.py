@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ...data.images import ImageReader, UndecodableImageError
 from ...models.generation import call_options, draw_images, quiet_copy
+from ...utils.errors import UserError
 from ...utils.files import file_facts, write_atomically
 from ..evaluation import Candidate
 from ..evaluation.images import (
@@ -80,22 +81,20 @@ def pairs_from_images(
             image-to-image or inpainting pipeline for the model.
     """
     if recipe not in get_args(Recipe):
-        raise ValueError(f"`recipe` must be one of {', '.join(get_args(Recipe))}, got {recipe!r}.")
+        raise UserError(f"`recipe` must be one of {', '.join(get_args(Recipe))}, got {recipe!r}.")
     if not 0 < strength <= 1:
-        raise ValueError(f"`strength` must be in (0, 1], got {strength}.")
+        raise UserError(f"`strength` must be in (0, 1], got {strength}.")
     source = Path(images)
     folder = Path(output_dir)
     if source.resolve() == folder.resolve():
-        raise ValueError(
-            f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder."
-        )
+        raise UserError(f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder.")
     call_kwargs = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
     size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
     if not all(side is None or (isinstance(side, int) and side > 0) for side in size):
-        raise ValueError(f"`width` and `height` in `call_kwargs` must be whole numbers above 0, got {size}.")
+        raise UserError(f"`width` and `height` in `call_kwargs` must be whole numbers above 0, got {size}.")
     listed, left_out = read_manifest(source)
     if not listed:
-        raise ValueError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
+        raise UserError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
 
     # Record what the losers depend on. Each process makes its share of those that are missing.
     peers = peers_of_this_run()
@@ -111,7 +110,7 @@ def pairs_from_images(
     # Write the pairs.
     pairs = job.made()
     if not pairs:
-        raise ValueError(
+        raise UserError(
             f"A pair needs an image that can be read and has at least {SIDES} pixels on each side. None of the "
             f"{len(listed)} images of {source} is such an image. Look at the files."
         )
@@ -151,7 +150,7 @@ class _Losers:
         if steps is None and "num_inference_steps" in accepted:
             steps = accepted["num_inference_steps"].default
         if self.recipe != "spin" and isinstance(steps, int) and int(steps * self.strength) < 1:
-            raise ValueError(
+            raise UserError(
                 f"`strength` x `num_inference_steps` must be at least 1, because the model denoises this many steps. "
                 f"Got {self.strength} x {steps}. Increase one of them."
             )
@@ -205,7 +204,7 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
     try:
         return kind.from_pipe(pipeline)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"The recipe `{recipe}` needs an image-to-image or inpainting pipeline, and diffusers has none for "
             f"{type(pipeline).__name__}. Use the recipe `spin`, or another model for the losers."
         ) from error

@@ -29,6 +29,7 @@ from ...data.mixtures import PairMixture
 from ...data.pair_scores import SCORER_COLUMNS
 from ...data.sources import PairSource, StoredImage, images_of_row
 from ...data.tables import stored_image
+from ...utils.errors import UserError
 from ...utils.files import json_lines, write_atomically
 from ...utils.identity import write_description
 from ...utils.processes import usable_cores
@@ -93,17 +94,17 @@ def score_pairs(
     """
     names = [scorer.name for scorer in scorers]
     if not names or len(set(names)) < len(names) or any(isinstance(scorer, VLMServerJudge) for scorer in scorers):
-        raise ValueError(
+        raise UserError(
             "Pairs need one or more scorers of single images with different names, such as `pickscore`, got "
             f"{names or 'none'}. A judge such as `vlm_judge` cannot score a single image."
         )
     folder = Path(output_dir)
     if folder.exists() and not (folder / SUMMARY_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(
+        raise UserError(
             f"The output must be a new folder, or one that `pairs score` has written, got {folder}. Choose another."
         )
     if isinstance(dataset, PairMixture | datasets.IterableDataset):
-        raise ValueError(f"Pairs to score must be one data set and no stream, got a {type(dataset).__name__}.")
+        raise UserError(f"Pairs to score must be one data set and no stream, got a {type(dataset).__name__}.")
 
     # Read the pairs as training does, and score their images.
     reading = PairOptions(PairTransform(512), dataset_format=dataset_format, verify_images="none", use_scores=False)
@@ -133,7 +134,7 @@ def score_pairs(
         f"because an image cannot be read, {int((is_readable & ~is_scored).sum())} because an image has no score"
     )
     if not is_scored.any():
-        raise ValueError("None of the pairs has scores for both images.\n" + "\n".join(lines))
+        raise UserError("None of the pairs has scores for both images.\n" + "\n".join(lines))
     scores = scores[is_scored]
     scales = [_with_range(scale_of(scorer), values[:, index]) for index, scorer in enumerate(scorers)]
     for index, scale in enumerate(scales):

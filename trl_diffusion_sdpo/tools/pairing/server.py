@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from ...data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file
+from ...utils.errors import UserError
 from .picks import ConflictError
 from .session import PickSession
 
@@ -54,7 +55,7 @@ class PickServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:  # `OverflowError` if the number is too large for a port
             if port is not None or host != LOCAL_HOST:
                 taken = USUAL_PORT if port is None else port
-                raise ValueError(
+                raise UserError(
                     f"The page cannot be served at {host}, port {taken}: {error}. Choose another `--port`."
                 ) from error
             super().__init__((host, 0), PickHandler)

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import Timeout
 
+from ...utils.errors import UserError
 from ...utils.files import write_atomically
 from ...utils.locks import FolderLock
 from .manifest import is_inside, read_manifest
@@ -38,7 +39,7 @@ class PickSession:
         try:
             self._file_lock.acquire(0)
         except Timeout:
-            raise ValueError(
+            raise UserError(
                 f"Only one `pairs pick` can use a folder at a time, and another one is using {folder}. Use the page of "
                 "that command, or end it first."
             ) from None
@@ -59,7 +60,7 @@ class PickSession:
         if next(iter(self.order.offers(self.gone)), None) is None and not self.log.picks:
             reasons = "".join(f" {count} were left out: {reason}." for reason, count in self.left_out.items())
             prompts = len({image.prompt for image in listed})
-            raise ValueError(
+            raise UserError(
                 f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
                 f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
@@ -97,7 +98,7 @@ class PickSession:
             names = [self.codes.get(code, "") for code in (first, second)]
             is_pair = "" not in names and names[0] != names[1]
             if verdict not in SHARES or not is_pair or len({self.images[name].prompt for name in names}) > 1:
-                raise ValueError("A pick needs two images of one prompt and a known verdict. Reload the page.")
+                raise UserError("A pick needs two images of one prompt and a known verdict. Reload the page.")
             self.log.add(names[0], names[1], verdict)
             return self._changed(tab, names[0])
 

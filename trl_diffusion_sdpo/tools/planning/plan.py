@@ -11,6 +11,7 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 from ...utils._compat import FakeTensorMode
+from ...utils.errors import UserError
 from .allocations import block_size, rounded
 from .fake_step import BACKWARD, ENCODE, FORWARD, OPTIMIZER, PlannedRun, measure_step
 from .planned_engine import ZERO_BUCKET, largest_block
@@ -130,7 +131,7 @@ def table(plans: Mapping[str, Plan]) -> str:
 
 def _optimizer_bytes(name: str) -> tuple[float, float]:
     if name not in OPTIMIZERS:
-        raise ValueError(
+        raise UserError(
             f"A plan can only compute the memory of these optimizers: {', '.join(OPTIMIZERS)}. Got `optim={name}`. Set "
             "`optim` to an optimizer of this list."
         )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...utils._compat import block_names
+from ...utils.errors import UserError
 from ...utils.hints import did_you_mean
 
 # Name of a configuration of accelerate in this package -> the kinds of tensors that its engine shards.
@@ -62,14 +63,14 @@ def planned_engine(config: str | None, processes: int | str | None) -> PlannedEn
     """
     name = config or ("single_gpu" if processes is None else "multi_gpu")
     if name not in DIVIDED:
-        raise ValueError(
+        raise UserError(
             f"A plan needs an `--accelerate_config` of this package: {', '.join(DIVIDED)}. Got {config!r}. Use the "
             f"packaged configuration with the same sharding as yours.{did_you_mean(name, DIVIDED)}"
         )
     if name == "single_gpu":
         return PlannedEngine()
     if not str(processes).isdigit() or int(str(processes)) < 1:
-        raise ValueError(
+        raise UserError(
             f"A plan with `--accelerate_config {config}` needs the number of processes, got {processes}. Pass "
             "`--num_processes`."
         )

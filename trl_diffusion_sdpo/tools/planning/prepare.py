@@ -23,6 +23,7 @@ from ...saving.starting_point import starting_point
 from ...trainer.components import choose_trained_weights, make_reference
 from ...trainer.config.complete import check_and_complete
 from ...utils._compat import CHECKPOINTING
+from ...utils.errors import UserError
 from .fake_step import PlannedRun, largest_size
 from .plan import Plan, make_plan
 from .planned_engine import PlannedEngine
@@ -74,7 +75,7 @@ class PlannedSettings:
 def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: PlannedEngine) -> PlannedRun:
     """Make the networks of a run and the settings for simulating one of its steps."""
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
-        raise ValueError(
+        raise UserError(
             "A quantized base needs a LoRA, because quantized weights cannot be trained. Add `--use_peft`."
         )
     family = _family(model_args, args)

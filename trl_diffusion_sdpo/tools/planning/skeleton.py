@@ -19,6 +19,7 @@ from ...families import Family, find_family
 from ...families.registry import family_for_class_name
 from ...models.pipelines import CLASS, networks_without_weights, read_index
 from ...utils._compat import FakeTensorMode
+from ...utils.errors import UserError
 
 PROMPT_TOKENS = 77  # default number of tokens of a prompt, as for CLIP
 
@@ -128,9 +129,9 @@ def _family(class_name: str, parts: dict[str, Any]) -> Family:
         raise needs_values(class_name) from error
 
 
-def needs_values(name: str) -> ValueError:
+def needs_values(name: str) -> UserError:
     """Return the error to raise for a model whose memory cannot be planned."""
-    return ValueError(
+    return UserError(
         f"A plan simulates a step on tensors without values. {name} cannot be planned, because its tensor shapes "
         "depend on values. Train with `--max_steps 2` instead, and read the peak of memory from your GPU."
     )

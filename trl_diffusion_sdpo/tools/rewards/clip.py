@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from ...utils.errors import UserError
 from ...utils.score_scale import PICKSCORE_COSINES, ScoreScale
 from .open_clip_keys import clip_state_dict
 from .scorer import BatchedScorer, hub_file
@@ -60,7 +61,7 @@ class CLIPScorer(BatchedScorer):
     ):
         super().__init__(name, **settings)
         if preprocess not in ("crop", "pad"):
-            raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
+            raise UserError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
         network: Any = model
         if isinstance(model, str):
             network = CLIPModel.from_pretrained(model, revision=revision or "main", dtype=dtype)

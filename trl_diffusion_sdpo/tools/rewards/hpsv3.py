@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 
+from ...utils.errors import UserError
 from .scorer import BatchedScorer, hub_file
 
 REWARD_TOKEN = "<|Reward|>"
@@ -55,7 +56,7 @@ class HPSv3Scorer(BatchedScorer):
         super().__init__("hpsv3", device=device, batch_size=1)
         for part in ("{text_prompt}", REWARD_TOKEN):
             if part not in instruction:
-                raise ValueError(f"`instruction` of HPSv3 must contain `{part}`, got {instruction[:200]!r}.")
+                raise UserError(f"`instruction` of HPSv3 must contain `{part}`, got {instruction[:200]!r}.")
         weights, head_weights = split_weights(load_file(hub_file(model, file, revision)))
         config = AutoConfig.from_pretrained(base)
         config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ... import __version__
+from ...utils.errors import UserError
 from ...utils.identity import (
     describe_component,
     describe_files,
@@ -97,7 +98,7 @@ class BatchedScorer(KnownScorer, ABC):
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
         if batch_size < 1:
-            raise ValueError(f"`batch_size` of a scorer must be at least 1, got {batch_size}.")
+            raise UserError(f"`batch_size` of a scorer must be at least 1, got {batch_size}.")
         self.name = name
         self.device = torch.device(device)
         self.batch_size = batch_size
@@ -115,7 +116,7 @@ class BatchedScorer(KnownScorer, ABC):
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         if len(images) != len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"`{self.name}` needs one prompt for each image, got {len(images)} images and {len(prompts)} prompts. "
                 "Pass lists of equal length."
             )
@@ -172,7 +173,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"`device` must be a device that torch can use on this machine, such as cpu, got {device!r}: {reason}. "
             "Leave it out to use a GPU if there is one."
         ) from error
@@ -187,16 +188,16 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     try:
         scores = torch.as_tensor(scores).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`{name}` must return numbers, got {str(scores)[:200]}. {error}") from error
+        raise UserError(f"`{name}` must return numbers, got {str(scores)[:200]}. {error}") from error
     if scores.shape != (len(prompts),):
-        raise ValueError(
+        raise UserError(
             f"`{name}` must return one score for each image, got shape {tuple(scores.shape)} for {len(prompts)} "
             "images."
         )
     finite = torch.isfinite(scores)
     if not finite.all():
         first = int(finite.int().argmin())
-        raise ValueError(
+        raise UserError(
             f"`{name}` must return finite scores, got {scores[first].item()} for the prompt {prompts[first]!r}. Check "
             "this image, or use `dtype=torch.float32`."
         )
@@ -261,7 +262,7 @@ def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
     ```
     """
     if ":" in name or name in _BUILDERS:
-        raise ValueError(
+        raise UserError(
             f"A scorer's name must not be registered yet and must not contain a colon, got {name!r}. Use another."
         )
 
@@ -304,25 +305,25 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
     if builder is not None:
         if isinstance(dtype := settings.get("dtype"), str):  # JSON and YAML have no dtypes
             if dtype not in _DTYPES:
-                raise ValueError(f"`dtype` of a scorer must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+                raise UserError(f"`dtype` of a scorer must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
             settings = {**settings, "dtype": _DTYPES[dtype]}
         try:
             scorer = builder(**settings)
         except _LOADING_ERRORS as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ValueError(
+            raise UserError(
                 f"The scorer {name!r} cannot be loaded: {reason}. Check its settings and files."
             ) from error
         scorer.name += _variant(scorer.name, settings)
         vars(scorer)[_LOADED] = {"scorer": name, "builder": _code(builder), **_described_settings(builder, settings)}
         return scorer
     if ":" not in name:
-        raise ValueError(
+        raise UserError(
             f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or the "
             "import path `module:function` of your own function."
         )
     if settings:
-        raise ValueError(
+        raise UserError(
             f"A scorer that is named as `module:function` takes no settings, got {sorted(settings)} for {name!r}. "
             "Leave out the settings."
         )
@@ -330,11 +331,11 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The scorer {name!r} cannot be imported as `module:function`: {error}. Check the name."
         ) from error
     if not callable(function):
-        raise ValueError(f"The scorer {name!r} must name a function, got a {type(function).__name__}. Check the name.")
+        raise UserError(f"The scorer {name!r} must name a function, got a {type(function).__name__}. Check the name.")
     return function if isinstance(function, (BatchedScorer, FunctionScorer)) else FunctionScorer(name, function)
 
 

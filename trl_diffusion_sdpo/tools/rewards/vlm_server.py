@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...utils.errors import UserError
 from ...utils.score_scale import ScoreScale
 from ...utils.secrets import without_secrets
 from .scorer import KnownScorer
@@ -48,7 +49,7 @@ _SHOWN = 300  # bytes of an answer in an error message
 _ENOUGH_ANSWERS = 20  # `max_unreadable` is checked from this number of answers on
 
 
-class VLMServerError(OSError):
+class VLMServerError(OSError, UserError):
     """Raised if the server cannot be reached, refuses a request, or gives too many answers that cannot be parsed."""
 
 
@@ -100,7 +101,7 @@ class VLMServerScorer(KnownScorer):
     def __post_init__(self) -> None:
         _check_url(self.url)
         if "{prompt}" not in self.question:
-            raise ValueError(f"`question` must contain `{{prompt}}`, got {self.question!r}.")
+            raise UserError(f"`question` must contain `{{prompt}}`, got {self.question!r}.")
         self.name = f"vlm_server({self.model.split('/')[-1]})"
         self.url = f"{self.url.rstrip('/')}/chat/completions"
         self.answered = 0
@@ -199,14 +200,14 @@ class VLMServerJudge(VLMServerScorer):
 
     def __init__(self, url: str, model: str, **settings: Any):
         if "question" in settings:
-            raise ValueError(
+            raise UserError(
                 "The question of the scorer `vlm_judge` cannot be changed, got the setting `question`. Leave it out."
             )
         super().__init__(url, model, **settings)
         self.name = f"vlm_judge({model.split('/')[-1]})"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        raise ValueError(
+        raise UserError(
             f"`{self.name}` compares two images and cannot score a single image. Use this judge in `evaluate` or in "
             "`pairs generate`."
         )
@@ -221,7 +222,7 @@ def _check_url(url: str) -> None:
     except ValueError:  # a wrong port or host
         is_plain = False
     if not is_plain:
-        raise ValueError(
+        raise UserError(
             "`url` must be `http://HOST[:PORT][/PATH]`, or the same with `https`, without blanks, user, password and "
             f"query, got {without_secrets(url)!r}. Correct the address, and put a key into the environment variable "
             "that `api_key_variable` names."

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ...utils.errors import UserError
 from ...utils.score_scale import ScoreScale
 from .scorer import BatchedScorer
 
@@ -44,7 +45,7 @@ class VQAScorer(BatchedScorer):
     ):
         super().__init__(f"vqa_score({model.rstrip('/').split('/')[-1]})", device=device, batch_size=1)
         if "{prompt}" not in question:
-            raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")
+            raise UserError(f"`question` must contain `{{prompt}}`, got {question!r}.")
         network = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype)
         self.model = network.eval().requires_grad_(False).to(self.device)
         self.processor = AutoProcessor.from_pretrained(model, revision=revision)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from transformers import TrainingArguments
 
 from ...data.images import MIN_SIDE
+from ...utils.errors import UserError
 from ...utils.hints import CHOICE_ALIASES
 from ...utils.renamed import refuse_renamed
 from ...utils.score_scale import score_scale
@@ -79,7 +80,7 @@ def settled_number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` must be a number or a list of numbers, got {value!r}.") from error
+        raise UserError(f"`{name}` must be a number or a list of numbers, got {value!r}.") from error
 
 
 def settled_loss_type(value: Any) -> str | list[str]:
@@ -97,7 +98,7 @@ def settled_mapping(name: str, value: Any) -> dict[str, Any]:
         `ValueError`: If `value` is not a mapping.
     """
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f'`{name}` must map names to values, got {value!r}. Write `{{"name": 1}}` on a command line.')
+        raise UserError(f'`{name}` must map names to values, got {value!r}. Write `{{"name": 1}}` on a command line.')
     return {key: _number_or_name(item) if isinstance(item, str) else item for key, item in (value or {}).items()}
 
 
@@ -112,7 +113,7 @@ def settled_loss_kwargs(value: Any) -> dict[str, float]:
         numbers["smpo_score_scale"] = score_scale(numbers["smpo_score_scale"])
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ValueError(
+            raise UserError(
                 f"`{name}` of `loss_kwargs` must be a number, got {number!r}. Set a number, or leave `{name}` out."
             )
     return numbers
@@ -133,7 +134,7 @@ def settled_resolution(value: Any) -> list[int] | None:
     sides = list(value) if isinstance(value, (list, tuple)) else [value]
     integers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
     if not integers or len(sides) not in (1, 2) or min(sides) < MIN_SIDE:
-        raise ValueError(
+        raise UserError(
             f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
             "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
         )

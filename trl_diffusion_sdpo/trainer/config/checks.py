@@ -23,6 +23,7 @@ from ...losses import (
 from ...reporting.sample_scores import PREFIX
 from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
+from ...utils.errors import UserError
 from ...utils.hints import did_you_mean
 from .all_arguments import Setting, settings_of
 from .declaring import Choices, Range, check_kwargs, from_kwargs
@@ -52,7 +53,7 @@ class WeightingConstants(TimestepSampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.snr_gamma < math.inf:
-            raise ValueError(f"`snr_gamma` of `weighting_kwargs` must be above 0, got {self.snr_gamma}.")
+            raise UserError(f"`snr_gamma` of `weighting_kwargs` must be above 0, got {self.snr_gamma}.")
 
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
@@ -75,7 +76,7 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     from_kwargs(ProbeSettings, "winner_budget_kwargs", args.winner_budget_kwargs)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args)):
-        raise ValueError(message)
+        raise UserError(message)
     for message in _without_effect(args, loss):
         # With this level, the warning shows the user's line, because the user's line calls `__init__`, `__init__` calls
         # `__post_init__`, and `__post_init__` calls this function.
@@ -88,7 +89,7 @@ def check_weighting_kwargs(args: DiffusionSDPOConfig) -> None:
     for name in args.weighting_kwargs:
         if name != "snr_gamma" and name not in CONSTANTS[scheme]:
             reason = f"`weighting_scheme={scheme!r}`" if args.timesteps is None else "`timesteps`"
-            raise ValueError(
+            raise UserError(
                 f"`{name}` of `weighting_kwargs` has no effect with {reason}. Leave it out, or set `weighting_scheme` "
                 f"to {' or '.join(repr(other) for other, names in CONSTANTS.items() if name in names)}."
             )
@@ -104,7 +105,7 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         _check_words(name, setting.choices, [value])
     for allowed in setting.facts:
         if isinstance(allowed, Range) and value not in allowed:
-            raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
+            raise UserError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
         if isinstance(allowed, Choices):
             choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # with the user's losses
             _check_words(name, choices, value if isinstance(value, list) else [value])
@@ -114,7 +115,7 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
     for word in words:
         if word not in choices:
             near = did_you_mean(str(word), choices)
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {word!r}.{near}")
+            raise UserError(f"`{name}` must be one of {', '.join(choices)}; got {word!r}.{near}")
 
 
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
@@ -123,16 +124,16 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
     for name, allowed in _INHERITED_RANGES.items():
         value = getattr(args, name)
         if value is not None and value not in allowed:
-            raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
+            raise UserError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        raise ValueError(
+        raise UserError(
             f"A run must have at least one step, got `max_steps={args.max_steps}` and "
             f"`num_train_epochs={args.num_train_epochs}`. Set one of the two."
         )
     for name in ("model_init_kwargs", "ref_model_init_kwargs"):
         value = getattr(args, name)
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f'`{name}` must map names to values, got {value!r}. Example: {{"variant": "fp16"}}.')
+            raise UserError(f'`{name}` must map names to values, got {value!r}. Example: {{"variant": "fp16"}}.')
     _, checkpointing = activation_checkpointing(args)
     refused = {
         "neftune_noise_alpha": (
@@ -158,7 +159,7 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
     }
     for name, (is_refused, advice) in refused.items():
         if is_refused:
-            raise ValueError(f"`{name}={getattr(args, name)}` cannot be used with a diffusion model. {advice}.")
+            raise UserError(f"`{name}={getattr(args, name)}` cannot be used with a diffusion model. {advice}.")
 
 
 # ---- Settings that exclude one another ------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
 from ...step.pair_forward import LossSettings, NoiseSettings
 from ...utils._compat import activation_checkpointing, checkpoints_activations
+from ...utils.errors import UserError
 from .all_arguments import settled_resolution
 from .checks import check_weighting_kwargs
 from .declaring import from_kwargs
@@ -55,27 +56,27 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
         name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
         args = DiffusionSDPOConfig(f"{name}-DiffusionSDPO")
     if not isinstance(args, DiffusionSDPOConfig):
-        raise ValueError(
+        raise UserError(
             f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass a DiffusionSDPOConfig."
         )
     if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which does not copy the reference
-        raise ValueError(
+        raise UserError(
             f"Each process trains on one GPU, but this process sees {args.n_gpu} GPUs. Start one process per GPU with "
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES=0 to use one GPU."
         )
     if args.fp16 and args.device.type == "cpu":  # not in the configuration, because a CPU may plan a run
-        raise ValueError("`fp16=True` needs an accelerator, because accelerate ignores it on a CPU. Use `bf16`.")
+        raise UserError("`fp16=True` needs an accelerator, because accelerate ignores it on a CPU. Use `bf16`.")
     check_deepspeed_precision(args)
     if ref_model is not None and args.ref_model_name_or_path is not None:
-        raise ValueError(
+        raise UserError(
             "Only one of `ref_model` and `ref_model_name_or_path` may name the reference. Got a "
             f"{type(ref_model).__name__} and {args.ref_model_name_or_path!r}. Leave one of the two out."
         )
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
     refuse_own_start(args.output_dir, (model, args.adapter_name_or_path, ref_model))
     if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
-        raise ValueError(
+        raise UserError(
             "`ref_model_init_kwargs` only apply if `ref_model` is a Hub id or a folder, got "
             f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave `ref_model_init_kwargs` out."
         )
@@ -85,7 +86,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             with tempfile.TemporaryFile(dir=args.output_dir):
                 pass
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"`output_dir` must be a writable folder, got {args.output_dir!r} ({error}). Choose another folder."
             ) from error
     args = copy.copy(args)
@@ -108,7 +109,7 @@ def check_and_complete(
     """
     family, denoiser = loaded.family, loaded.denoiser
     if args.guidance_scale is not None and family.guidance_scale is None:
-        raise ValueError(
+        raise UserError(
             "`guidance_scale` needs a denoiser that takes the guidance scale as an input. Got "
             f"{args.guidance_scale} for {family.name}, whose denoiser has no such input. Leave `guidance_scale` unset. "
             "To set the guidance of sample images, use `sample_kwargs`."
@@ -126,7 +127,7 @@ def check_and_complete(
         refuse_dropout(denoiser, "`precompute_ref_errors`, whose policy must start exactly as its reference,")
     checkpoints, _ = activation_checkpointing(args)
     if checkpoints and not checkpoints_activations(denoiser):
-        raise ValueError(
+        raise UserError(
             "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser with checkpointing. Got a "
             f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
             "use smaller micro-batches, or `low_memory` of `safeguard_kwargs` with `safeguard='parameter'`."
@@ -139,7 +140,7 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
     """Raise `ValueError` if a denoiser has active dropout. `what` names the setting under which the denoiser predicts
     the same images twice, for the error message."""
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
-        raise ValueError(
+        raise UserError(
             f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
             "random. Set `disable_dropout=True`, or leave the setting out."
         )
@@ -157,9 +158,9 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
         return []
     prompts, paths = args.sample_prompts, args.sample_sources or []
     if not (family.takes_source or family.may_take_source):
-        raise ValueError(f"`sample_sources` needs an edit model. Got {family.name}. Leave `sample_sources` out.")
+        raise UserError(f"`sample_sources` needs an edit model. Got {family.name}. Leave `sample_sources` out.")
     if len(paths) != len(prompts):
-        raise ValueError(
+        raise UserError(
             "`sample_sources` must have one image to edit for each prompt in `sample_prompts`. Got "
             f"{len(paths)} images and {len(prompts)} prompts for {family.name}."
         )
@@ -168,7 +169,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
         try:
             sources.append(ImageReader().decode(path))
         except (UndecodableImageError, UnreadableImageError) as error:
-            raise ValueError(f"`sample_sources` must be paths of images, got {path!r}: {error}.") from error
+            raise UserError(f"`sample_sources` must be paths of images, got {path!r}: {error}.") from error
     height, width = image_size(args)
     if not family.size_kwargs(height, width):
         return sources
@@ -222,7 +223,7 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
         return mu, None
     if len(set(betas.values())) > 1:
         listed = ", ".join(f"{beta:g} of {name}" for name, beta in betas.items())
-        raise ValueError(f"All losses of a sum share one `beta`. Their defaults differ: {listed}. Set `beta`.")
+        raise UserError(f"All losses of a sum share one `beta`. Their defaults differ: {listed}. Set `beta`.")
     return mu, next(iter(betas.values()))
 
 
@@ -233,11 +234,11 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     unit = family.vae_scale_factor * family.patch_size
     step = args.bucket_kwargs.get("step", AspectRatioBuckets.step)
     if args.aspect_ratio_buckets and (step < 1 or step % unit):
-        raise ValueError(f"`step` of `bucket_kwargs` must be a multiple of {unit} pixels for this model, got {step}.")
+        raise UserError(f"`step` of `bucket_kwargs` must be a multiple of {unit} pixels for this model, got {step}.")
     if args.sample_prompts:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in size):
-        raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
+        raise UserError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
     for height, width in image_sizes(args):
         family.check_image_size(height, width)
 
@@ -252,7 +253,7 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict
     for size in image_sizes(args):
         levels = process.noise_level(drawn, family.tokens_of_image(*size))
         if not ((levels >= low) & (levels <= high)).any():
-            raise ValueError(
+            raise UserError(
                 f"`loser_noise_range` must overlap the noise levels that training draws, {levels.min():.3f} to "
                 f"{levels.max():.3f}. Got {list(args.loser_noise_range)}. Change the range, or use `loss_type='sft'` "
                 "to train winners only."
@@ -268,7 +269,7 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
     process = family.noise_process
     last = process.num_train_timesteps
     if args.timestep_range is not None and args.timestep_range[1] > last:
-        raise ValueError(
+        raise UserError(
             f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps. Got "
             f"{list(args.timestep_range)}. Lower its second number."
         )
@@ -302,12 +303,12 @@ def checked_inversion(
     process, settings = family.noise_process, InversionSettings(**args.inversion_kwargs)
     inversion = inversion_of(process)
     if settings.steps > process.num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
             f"timesteps. Got {settings.steps}. Published values are 5 and 10."
         )
     if settings.eta and not inversion.has_variance:
-        raise ValueError(
+        raise UserError(
             "`eta` of `inversion_kwargs` must be 0 if the model's sampling step adds no noise. Got "
             f"{settings.eta} for {family.name}. Leave `eta` out."
         )
@@ -320,7 +321,7 @@ def checked_inversion(
             "train on clean latents as if they were noisy. Use `end: exact`, or more `steps`."
         )
         if clean == 1:
-            raise ValueError(message)
+            raise UserError(message)
         if clean >= NOTABLE and args.should_log:
             logger.warning(message)
     return settings

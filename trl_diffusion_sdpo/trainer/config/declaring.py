@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ...utils.errors import UserError
 from ...utils.hints import did_you_mean
 
 Built = TypeVar("Built")
@@ -76,12 +77,12 @@ def check_kwargs(kind: type, setting: str, values: dict[str, Any], *, given: int
     names = [field.name for field in fields(kind)[given:] if field.default is not MISSING]
     for name, value in values.items():
         if name not in names:
-            raise ValueError(f"`{setting}` takes {', '.join(names)}; got {name!r}.{did_you_mean(str(name), names)}")
+            raise UserError(f"`{setting}` takes {', '.join(names)}; got {name!r}.{did_you_mean(str(name), names)}")
         if hints[name] not in (int, float):
             continue
         if isinstance(value, bool) or not isinstance(value, int if hints[name] is int else (int, float)):
             expected = "a whole number" if hints[name] is int else "a number"
-            raise ValueError(f"`{name}` of `{setting}` must be {expected}, got {value!r}.")
+            raise UserError(f"`{name}` of `{setting}` must be {expected}, got {value!r}.")
 
 
 def naming(**words: Iterable[str]) -> Callable[[Group], Group]:
