@@ -62,13 +62,13 @@ def test_latest_goes_on_from_a_checkpoint_and_begins_anew_where_there_is_none(bu
     trainer = build(5)
     trainer.train(resume_from_checkpoint="latest")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
-    assert trainer._initial_global_step == 4
+    assert trainer._first_step == 4
     shutil.rmtree(run)
     with pytest.raises(ValueError, match="latest"):
         build(1).train(resume_from_checkpoint="true")
     trainer = build(1)
     trainer.train(resume_from_checkpoint="latest")
-    assert trainer.state.global_step == 1 and trainer._initial_global_step == 0
+    assert trainer.state.global_step == 1 and trainer._first_step == 0
 
 
 # ---- Whole or not there ----------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_a_script_is_interrupted_once_its_checkpoint_is_written(build, own_handl
     assert "Training ended at step 3" in caplog.text and "To load" not in caplog.text
     resumed = build(4)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 3
+    assert resumed._first_step == 3
     name = "checkpoint-4/adapter_model.safetensors"
     assert not unequal(load_file(finished / name), load_file(run / name))
 

@@ -79,7 +79,7 @@ def test_a_published_checkpoint_is_downloaded_and_resumed(make_trainer, hub_serv
     assert not (tmp_path / "got" / "last-checkpoint" / "training_args.json").exists()
     resumed = make_trainer(max_steps=2, output_dir=str(tmp_path / "other"), **LORA)
     resumed.train(resume_from_checkpoint=f"{got}/last-checkpoint")
-    assert resumed._initial_global_step == 1 and resumed.state.global_step == 2
+    assert resumed._first_step == 1 and resumed.state.global_step == 2
 
 
 ENDPOINTS = {

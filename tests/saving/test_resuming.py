@@ -224,7 +224,7 @@ def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(build, run):
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
     newest = build(6, resume_from_checkpoint="true")  # as YAML and the command line have it
     newest.train()
-    assert newest._initial_global_step == 5
+    assert newest._first_step == 5
     with pytest.raises(ValueError, match="files of another run"):
         build(6, resume_from_checkpoint="true").train(resume_from_checkpoint=False)
 
