@@ -13,7 +13,7 @@ from tiny_pipelines import case
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.adapters import adapter_layers, add_lora
 from trl_diffusion_sdpo.models.numerics import read_contiguous
-from trl_diffusion_sdpo.models.reference import SecondAdapterReference, FrozenReference
+from trl_diffusion_sdpo.models.reference import FrozenReference, SecondAdapterReference
 from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 ROWS = 4
