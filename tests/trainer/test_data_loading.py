@@ -46,6 +46,20 @@ def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):
         assert found == torch.randperm(9, generator=torch_random.manual_seed(seed)).tolist()
 
 
+def test_rows_that_are_set_as_evaluation_data_later_are_evaluated(make_trainer, make_pairs):
+    held_out = make_pairs(3, seed=1)
+    trainer = make_trainer(eval_dataset=make_pairs(2), eval_strategy="steps", eval_steps=1, max_steps=1)
+    trainer.eval_dataset = held_out
+    trainer.train()
+    expected = make_trainer(eval_dataset=held_out, eval_strategy="steps", eval_steps=1, max_steps=1)
+    expected.train()
+    ours, theirs = (
+        [entry["eval_loss"] for entry in each.state.log_history if "eval_loss" in entry]
+        for each in (trainer, expected)
+    )
+    assert ours == theirs and len(ours) == 1
+
+
 class FewerPrompts(PreferenceCollator):
     """A user's collator that loses prompts."""
 

@@ -24,7 +24,7 @@ from .buckets import AspectRatioBuckets, BucketSampler, PairKey, PairSizes
 from .data_report import BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError
 from .pair_table import PairTable
-from .pairs import Pairs
+from .pairs import PairEncodings, Pairs
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, StoredImage
 from .transforms import INTERPOLATION, PairDraws, PairTransform, fit_masks
@@ -164,7 +164,7 @@ class PreferenceDataset(Pairs):
         self._report = report
         self._epoch = new_epoch()
         self._losers = losers
-        self._encoded: Any = None  # `EncodedPairs`: latents and embeddings that replace images and prompts
+        self._encoded: PairEncodings | None = None
         self._forget_undecodable()
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
         self.has_scores = "scores" in pairs.columns
@@ -454,7 +454,7 @@ class PreferenceDataset(Pairs):
 
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
-    def use_encoded(self, encoded: Any) -> None:
+    def use_encoded(self, encoded: PairEncodings) -> None:
         """Read latents and embeddings from `encoded` instead of images. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()

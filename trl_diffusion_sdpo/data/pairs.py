@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch.utils.data import Dataset, Sampler
 
 from ..utils.processes import Peers
 from .buckets import PairSizes
 from .data_report import DataReport
+from .transforms import PairDraws
 
 
 class Pairs(Dataset[dict[str, Any]], ABC):
@@ -75,3 +76,15 @@ class Pairs(Dataset[dict[str, Any]], ABC):
     def gather_undecodable(self, peers: Peers) -> None:
         """Learn from the other processes which pairs they could not decode. All processes must call this method. The
         processes of a stream read other pairs and keep their own counts."""
+
+
+class PairEncodings(Protocol):
+    """Latents and embeddings that items have in place of images: `EncodedPairs` of the cache."""
+
+    def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
+        """Return the entries of an item that depend on its images."""
+
+    def conditioning(
+        self, prompt: str, edited: tuple[tuple[int, int, int], bool] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return an encoded prompt, or an encoded edit if source images are mentioned by `edited`."""
