@@ -103,6 +103,15 @@ def test_denoisers_made_for_something_else_are_refused(name, changed, message):
         find_family(pipeline)
 
 
+def test_a_folder_with_a_denoiser_made_for_something_else_is_refused(tmp_path):
+    pipeline = case("stable_diffusion").build()
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    pipeline.register_modules(unet=type(pipeline.unet)(**{**config, "in_channels": 9}))
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 9"):
+        load_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "component"),
     [

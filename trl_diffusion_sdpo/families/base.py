@@ -478,7 +478,8 @@ def check_in_channels(family: Family, expected: int) -> None:
 
 def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the VAE's mean and standard deviation of each latent channel, shaped to broadcast over `latents`."""
-    shape, stated = (1, -1, *[1] * (latents.ndim - 2)), (vae.config.latents_mean, vae.config.latents_std)
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    stated = (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (constant(tuple(values), latents.dtype, latents.device).view(shape) for values in stated)
     return mean, std
 

@@ -40,7 +40,8 @@ class CogView4Process(FlowMatchingProcess):
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return the noise levels at the timesteps, `(N,)`, float32 in `[0, 1]`, for images with `image_seq_len`
         tokens."""
-        levels, factor = timesteps.float() / self.num_train_timesteps, self._shift_factor(image_seq_len)
+        levels = timesteps.float() / self.num_train_timesteps
+        factor = self._shift_factor(image_seq_len)
         return factor * levels / (1.0 + (factor - 1.0) * levels)
 
     def _timesteps_between(

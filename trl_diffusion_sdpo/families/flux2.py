@@ -18,7 +18,11 @@ from .noise import FlowMatchingProcess
 # The targets of diffusers' LoRA script for klein. (The script for dev leaves out the single-stream blocks, 48 of dev's
 # 56 blocks.) The targets name each single-stream block, because in other blocks `attn.to_out` is a list of layers.
 LORA_TARGETS = (
-    *("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"),
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "to_qkv_mlp_proj",
     *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
 )
 

@@ -79,7 +79,8 @@ class HiDreamFamily(Family):
                     setattr(module, name, RoutedExperts(child))
 
     def check_image_size(self, height: int, width: int) -> None:
-        tokens, most = self.tokens_of_image(height, width), self.denoiser.max_seq
+        tokens = self.tokens_of_image(height, width)
+        most = self.denoiser.max_seq
         if height != width and tokens > most:
             raise UserError(
                 f"For {self.name}, an image that is not square can have at most {most} tokens, and an image of {width} "

@@ -16,7 +16,8 @@ from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess, constant
 
 BASE_LATENTS = 512 // 8  # side in latents to which the rotary positions of all image sizes are scaled
-BERT, MT5 = 0, 1  # the pipeline's indices of its text encoders
+BERT = 0  # the pipeline's indices of its text encoders
+MT5 = 1
 
 
 class HunyuanDiTFamily(Family):
@@ -44,7 +45,8 @@ class HunyuanDiTFamily(Family):
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
-        transformer, channels = self.denoiser.config, self.pipeline.vae.config.latent_channels
+        transformer = self.denoiser.config
+        channels = self.pipeline.vae.config.latent_channels
         if transformer.in_channels != channels or not transformer.learn_sigma:
             raise UserError(
                 f"A HunyuanDiT transformer must have {channels} input channels, the latent channels of its VAE, and "

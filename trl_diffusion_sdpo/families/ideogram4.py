@@ -48,7 +48,8 @@ class Ideogram4Process(FlowMatchingProcess):
             raise UserError(
                 "The schedule of Ideogram 4 needs `image_seq_len`, and it is None. Pass the number of tokens per image."
             )
-        total, mean = self.num_train_timesteps, self.shift_of(image_seq_len)
+        total = self.num_train_timesteps
+        mean = self.shift_of(image_seq_len)
         ends = torch.tensor([low, high], dtype=torch.float64) / total
         shares = torch.special.ndtr((ends.logit() - mean) / self.std).tolist()
         first, last = (sampling.share_below(share) for share in shares)
@@ -92,10 +93,11 @@ class Ideogram4Family(Flux2LatentsFamily):
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
         """Keep the frequencies of positions in float32, as the model's files leave them. DeepSpeed and
         `pipeline.to(torch.bfloat16)` round them, and large positions would then get wrong angles."""
+        config: Any = denoiser.config
+        keep_exact = functools.partial(_exact_frequencies, config.rope_theta)
         for module in denoiser.modules():
             if isinstance(module, Ideogram4MRoPE):
-                base = denoiser.config.rope_theta
-                module.register_forward_pre_hook(functools.partial(_exact_frequencies, base))
+                module.register_forward_pre_hook(keep_exact)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return a constant guidance scale. The pipeline's default is a list of scales for exactly 48 steps."""
@@ -136,7 +138,9 @@ class Ideogram4Family(Flux2LatentsFamily):
         text = conditioning["prompt_embeds"].to(latents.dtype)
         mask = conditioning["prompt_mask"]
         image = latents.flatten(2).transpose(1, 2)  # (N, H * W, C)
-        rows, words, tokens = len(latents), text.shape[1], image.shape[1]
+        rows = len(latents)
+        words = text.shape[1]
+        tokens = image.shape[1]
 
         grid = torch.cartesian_prod(
             *(torch.arange(length, device=latents.device) for length in (1, *latents.shape[-2:]))
@@ -144,7 +148,8 @@ class Ideogram4Family(Flux2LatentsFamily):
         words_at = torch.arange(words, device=latents.device)[:, None].expand(-1, 3)
         positions = torch.cat([words_at, grid + IMAGE_POSITION_OFFSET]).expand(rows, -1, -1)
         everywhere = mask.new_ones(rows, tokens)
-        padding, one = SEQUENCE_PADDING_INDICATOR, torch.ones_like(mask, dtype=torch.long)
+        padding = SEQUENCE_PADDING_INDICATOR
+        one = torch.ones_like(mask, dtype=torch.long)
         return {
             "hidden_states": torch.cat([image.new_zeros(rows, words, image.shape[2]), image], dim=1),
             # The time runs from 0 (noise) to 1 (image), and is rounded as in the pipeline.

@@ -158,7 +158,8 @@ class Inversion(ABC):
             draw (`Callable`, *optional*): Function that returns standard normal noise `(N, ...)`. The function is
                 called once per step if `eta` is above 0.
         """
-        clean, columns = latents.float(), (-1, *[1] * (latents.ndim - 1))
+        clean = latents.float()
+        columns = (-1, *[1] * (latents.ndim - 1))
 
         def level_of(timesteps: torch.Tensor) -> Level:
             return Level(*(factor.view(columns) for factor in self.level(timesteps, image_seq_len)))
@@ -167,18 +168,23 @@ class Inversion(ABC):
         noise = (1.0 - here.signal) / here.noise.clamp(min=_TINY) * clean
         grid = self.grid(settings.steps, clean.device, image_seq_len)
         for ends, moves in _steps(timesteps, grid, settings.end):
-            there, moves = level_of(ends), moves.view(columns)
-            noisy, remaining, following = here.mix(clean, noise), self.remaining(here, there), torch.zeros_like(noise)
+            there = level_of(ends)
+            moves = moves.view(columns)
+            noisy = here.mix(clean, noise)
+            remaining = self.remaining(here, there)
+            following = torch.zeros_like(noise)
             for _ in range(CALLS[settings.kind]):
                 implied = self.noise_of(predict(noisy, ends), noisy, clean, there)
                 stepped = torch.where(moves, implied + remaining * (noise - implied), noise)
                 # "renoise" averages two steps. Because a step is affine in the prediction, this equals one step with
                 # the mean of the two predictions.
-                following, noisy = following + stepped / CALLS[settings.kind], there.mix(clean, stepped)
+                following = following + stepped / CALLS[settings.kind]
+                noisy = there.mix(clean, stepped)
             if settings.eta and draw is not None:
                 added = settings.eta * self.deviation(ends, settings.steps).view(columns) * draw().float()
                 following = torch.where(moves, following + added, following)
-            noise, here = following, there.where(moves, here)
+            noise = following
+            here = there.where(moves, here)
         if settings.end == "exact":
             return noise
         level = level_of(timesteps)
@@ -206,7 +212,8 @@ class DDIMInversion(Inversion):
     has_variance = True
 
     def grid(self, steps: int, device: torch.device, image_seq_len: int | None = None) -> torch.Tensor:
-        config, total = self.process.scheduler.config, self.process.num_train_timesteps
+        config = self.process.scheduler.config
+        total = self.process.num_train_timesteps
         every = _GRIDS[config.timestep_spacing](total, steps, config.steps_offset)
         return constant(tuple(timestep for timestep in every if timestep < total - 1), torch.int64, device)
 

@@ -46,7 +46,8 @@ class Krea2Family(QwenImageLatentsFamily):
         # Pad to the longest prompt. The pipeline pads to 512 tokens, which would take 30 MiB in bfloat16. The denoiser
         # masks the padding.
         pipe = self.pipeline
-        before, after = pipe.prompt_template_encode_start_idx, pipe.prompt_template_encode_num_suffix_tokens
+        before = pipe.prompt_template_encode_start_idx
+        after = pipe.prompt_template_encode_num_suffix_tokens
         texts = [pipe.prompt_template_encode_prefix + prompt for prompt in prompts]
         longest = self.max_sequence_length + before - after
         rows = pipe.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]

@@ -60,7 +60,8 @@ class LongCatImageEditFamily(OvisImageFamily):
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Encode each prompt together with its source image, and encode the source images to latents."""
-        pipeline, processor = self.pipeline, self.pipeline.image_processor
+        pipeline = self.pipeline
+        processor = pipeline.image_processor
         latents = self.encode_sources(sources)
         resized = [self.resized(source) for (source,) in sources]
         here = _prompt_encoder(pipeline, "image_processor_vl", "image_token")

@@ -116,7 +116,8 @@ DENSITIES: dict[WeightingScheme, Callable[[TimestepSampling, torch.Tensor], torc
 def _share_below(sampling: TimestepSampling, level: float) -> float:
     if sampling.scheme == "none" or level in (0.0, 1.0):
         return level
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if sampling.quantile(torch.tensor(middle, dtype=torch.float64)) < level:
@@ -373,7 +374,8 @@ class DDPMProcess(NoiseProcess):
         return self.scheduler.add_noise(latents.float(), noise.float(), timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        latents, noise = latents.float(), noise.float()
+        latents = latents.float()
+        noise = noise.float()
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise if self.prediction_type == "epsilon" else latents
@@ -382,7 +384,8 @@ class DDPMProcess(NoiseProcess):
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
         total = self.num_train_timesteps
-        first, last = sampling.share_below(low / total), sampling.share_below(high / total)
+        first = sampling.share_below(low / total)
+        last = sampling.share_below(high / total)
         steps = (sampling.quantile(first + uniform * (last - first)) * total).floor().long()
         return steps.clamp(low, high - 1)
 
@@ -466,7 +469,8 @@ class FlowMatchingProcess(NoiseProcess):
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
-        total, factor = self.num_train_timesteps, self._shift_factor(image_seq_len)
+        total = self.num_train_timesteps
+        factor = self._shift_factor(image_seq_len)
         # `low` and `high` are timesteps after the shift. Sample before the shift, and apply the shift at the end.
         ends = [end / total / (factor - (factor - 1.0) * end / total) for end in (low, high)]
         first, last = (sampling.share_below(end) for end in ends)

@@ -22,7 +22,16 @@ class PixArtHooks(Family):
     # As in PixArt's own LoRA script: every linear layer of the blocks, and the embeddings of text, timestep, sizes and
     # patches. `proj` matches the patch embedding and the feed-forward layers.
     lora_target_modules = (
-        *("to_k", "to_q", "to_v", "to_out.0", "proj", "proj_out", "ff.net.2", "linear", "linear_1", "linear_2"),
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "proj",
+        "proj_out",
+        "ff.net.2",
+        "linear",
+        "linear_1",
+        "linear_2",
     )
     # Our choice: a tenth of the 2e-5 in the published configurations, which start from less trained weights.
     learning_rate_full = 2e-6
@@ -89,7 +98,8 @@ class PixArtAlphaFamily(PixArtHooks):
         if not self.takes_sizes:
             return {}
         height, width = target_size
-        n, device = len(original_sizes), original_sizes.device
+        n = len(original_sizes)
+        device = original_sizes.device
         resolution = constant((height, width), torch.float32, device)
         aspect_ratio = constant((height / width,), torch.float32, device)
         return {"resolution": resolution.repeat(n, 1), "aspect_ratio": aspect_ratio.repeat(n, 1)}

@@ -136,7 +136,8 @@ class QwenImageEditFamily(QwenImageFamily):
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Encode each prompt together with its source images, and encode the source images to latents."""
         latents = self.encode_sources(sources)
-        rows, masks = [], []
+        rows = []
+        masks = []
         for prompt, of_pair in zip(prompts, cycle(sources), strict=False):
             embeds, _ = self.call_encode_prompt([prompt], image=self.read_images(of_pair), num_images_per_prompt=1)
             rows.append(embeds[0])

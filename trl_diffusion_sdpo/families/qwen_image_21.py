@@ -72,7 +72,9 @@ class QwenImage21Family(QwenImageLatentsFamily):
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Encode each prompt together with its source images, and encode the source images to latents."""
         latents = self.encode_sources(sources)
-        rows, masks, slots = [], [], []
+        rows = []
+        masks = []
+        slots = []
         for prompt, of_pair in zip(prompts, cycle(sources), strict=False):
             embeds, _, is_image = self.call_encode_prompt([prompt], image=[self.resized(source) for source in of_pair])
             rows.append(embeds[0])

@@ -74,7 +74,8 @@ class WanFamily(Family):
         `ValueError` if the number of frames does not fit the VAE, which would silently ignore the last frames.
         """
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
-        frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
+        frames = clips.shape[2]
+        factor = self.pipeline.vae_scale_factor_temporal
         if frames % factor != 1:
             raise UserError(
                 f"The number of frames in a clip must be 1 plus a multiple of {factor}, got {frames}. Cut the clip to "

@@ -38,8 +38,12 @@ _OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
 # Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
 # modules, also with one `.*`, or with the `^` that diffusers puts before the names in `rank_pattern`.
 _PATTERNS = (
-    *("target_modules", "exclude_modules", "layers_pattern", "target_parameters"),
-    *("rank_pattern", "alpha_pattern"),
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
 )
 NAME = re.compile(r"\^?[\w.-]+(\*[\w.-]*)?")
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.

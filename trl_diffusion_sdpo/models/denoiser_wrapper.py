@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import ChromaTransformer2DModel
@@ -74,7 +74,7 @@ class DenoiserWrapper(nn.Module):
             function = functools.partial(_checkpoint, activation_checkpointing_kwargs)
         if isinstance(self.denoiser, ChromaTransformer2DModel):
             function = _WithMask(function or functools.partial(_checkpoint, {}))
-        cast(Any, self.denoiser).enable_gradient_checkpointing(function)
+        self.denoiser.enable_gradient_checkpointing(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Call [`~DenoiserWrapper.activation_checkpointing_enable`]. transformers before 5.23 uses this name."""

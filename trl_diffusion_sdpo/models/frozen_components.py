@@ -80,7 +80,10 @@ class FrozenComponents:
         offload: bool = False,
         load: Callable[[], DiffusionPipeline] | None = None,
     ):
-        self._device, self._half_dtype, self._vae_dtype, self._load = device, half_dtype, vae_dtype, load
+        self._device = device
+        self._half_dtype = half_dtype
+        self._vae_dtype = vae_dtype
+        self._load = load
         absent = any(is_absent(getattr(family.pipeline, name)) for name in family.frozen_components)
         self.state = "absent" if absent else "offloaded" if offload else "on device"
         if self.state == "offloaded":
@@ -92,7 +95,8 @@ class FrozenComponents:
         self.family.vae_encode_batch_size = vae_encode_batch_size
         self.family.settle_dtype()
         self._on_host = self._pinned_tensors() if self.state == "offloaded" else []
-        self._is_within, self._was_read = False, False
+        self._is_within = False
+        self._was_read = False
         hide_truncation_warnings(self.family)
         if self.state != "absent":  # absent components are checked after they are loaded for the first time
             with self.in_use() as working:
@@ -131,7 +135,8 @@ class FrozenComponents:
                 "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
                 "meta device, without weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
             )
-        start, pipeline = time.monotonic(), self.family.pipeline
+        start = time.monotonic()
+        pipeline = self.family.pipeline
         without_weights = {name: getattr(pipeline, name) for name in self.family.frozen_components}
         with torch.random.fork_rng(devices=[]):
             loaded = type(self.family)(self._load())
@@ -184,7 +189,8 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     capacity = 1 << (max([PINNED_BUFFER, *sizes]) - 1).bit_length()
-    buffer, copies = torch.empty(0, dtype=torch.uint8), []
+    buffer = torch.empty(0, dtype=torch.uint8)
+    copies = []
     for number, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
         if size > len(buffer):
             buffer = pinned_bytes(min(capacity, sum(sizes[number:])))

@@ -25,8 +25,15 @@ from .single_file import is_single_file
 # Entries of `model_init_kwargs` that also apply to the reference, because they are about dtype, access to the Hub, kind
 # of files or memory, and not about one particular model.
 SHARED_OPTIONS = (
-    *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
-    *("low_cpu_mem_usage", "disable_mmap"),
+    "dtype",
+    "variant",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "low_cpu_mem_usage",
+    "disable_mmap",
 )
 
 
@@ -93,8 +100,16 @@ def load_model(
     Raises:
         `ValueError`: If `model` is of another type, or if an argument does not apply to this type.
     """
-    parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser, "denoiser_folder": denoiser_folder}
-    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
+    loaded = _resolve(
+        model,
+        processing_class,
+        model_init_kwargs,
+        quantization_config,
+        "model",
+        encoders=encoders,
+        denoiser=denoiser,
+        denoiser_folder=denoiser_folder,
+    )
     loaded.family.prepare_denoiser(loaded.denoiser)
     _align_for(loaded.denoiser, device)
     return loaded
@@ -179,7 +194,8 @@ def _resolve(
             f"If `{role}` is a UNet or transformer, `processing_class` must be the pipeline with its VAE, text "
             f"encoders and scheduler, got {type(processing_class).__name__}."
         )
-    owner, denoiser = as_text_to_image(processing_class), unwrap_peft_model(model)
+    owner = as_text_to_image(processing_class)
+    denoiser = unwrap_peft_model(model)
     pipeline = copy.copy(owner)  # a copy, so that the denoiser in the user's pipeline is not replaced
     denoiser_name = find_family(owner).denoiser_name
     expected = type(getattr(owner, denoiser_name))

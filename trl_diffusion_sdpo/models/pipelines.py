@@ -35,8 +35,15 @@ _REFUSED_OPTIONS = {
 }
 # Options of a denoiser's `from_pretrained` that say where the files are and how diffusers reads them.
 DENOISER_OPTIONS = (
-    *("revision", "variant", "token", *_HUB_OPTIONS),
-    *("low_cpu_mem_usage", "disable_mmap", "use_flashpack", "offload_folder", "offload_state_dict"),
+    "revision",
+    "variant",
+    "token",
+    *_HUB_OPTIONS,
+    "low_cpu_mem_usage",
+    "disable_mmap",
+    "use_flashpack",
+    "offload_folder",
+    "offload_state_dict",
 )
 
 
@@ -109,11 +116,13 @@ def load_pipeline(
     check_parts(base, index, from_pretrained)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
     options |= from_pretrained
-    absent = (*(() if encoders else family.frozen_components), *(() if denoiser else (family.denoiser_name,)))
+    absent = [] if encoders else list(family.frozen_components)
+    if not denoiser:
+        absent.append(family.denoiser_name)
     names = [name for name in absent if name not in from_pretrained]
     options |= networks_without_weights(family, index, base, names, **options)
     pipeline = _read_pipeline(_text_to_image_class(family), name_or_path, base, options)
-    family(pipeline)  # raises an error if the family can't train the pipeline
+    family(pipeline).check_pipeline()
     return pipeline
 
 

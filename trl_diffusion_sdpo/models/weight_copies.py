@@ -88,7 +88,9 @@ class SecondAdapter:
                 "already has an adapter of this name. Rename or delete this adapter."
             )
         self.engine = engine
-        self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
+        self._denoiser = denoiser
+        self._policy = policy_adapter
+        self._name = name
         copy_adapter(denoiser, policy_adapter, name)
         self._layers = adapter_layers(denoiser)
         read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
@@ -225,7 +227,8 @@ class WeightCopy:
         assert second is not None, "These weights are never updated."
         second.engine.reshard()
         if self._mixed is None:  # cached, because listing all weights takes longer than mixing a LoRA's weights
-            weights, policy = _parameters(second.weights()), second.policy_weights()
+            weights = _parameters(second.weights())
+            policy = second.policy_weights()
             self._mixed = weights, {name: policy[name] for name in weights}
         weights, policy = self._mixed
         if self.float32_shards is None:

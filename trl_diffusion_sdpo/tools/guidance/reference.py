@@ -76,7 +76,8 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], name: str | None) ->
 
 
 def _check_denoiser(denoiser: nn.Module, reference: nn.Module) -> None:
-    policy, other = _plain(denoiser), _plain(reference)
+    policy = _plain(denoiser)
+    other = _plain(reference)
     if policy is other:
         raise UserError(
             "`reference` must not be the pipeline's denoiser itself. Got the same module. Leave `reference` out to "
