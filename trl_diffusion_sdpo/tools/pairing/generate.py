@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ...data.image_folders import SIDES
 from ...utils.errors import UserError
 from ...utils.score_scale import SCALE_COLUMN, ScoreScale
 from ..evaluation import Candidate, evaluate_models
@@ -138,14 +139,16 @@ def generate_pairs(
         allowed = None if judged is None else judged[index]
         for chosen, rejected in _pairs(scores[:, index], rewards[index], allowed, pairing):
             difference = scores[:, index, chosen] - scores[:, index, rejected]
-            row: dict[str, Any] = {"prompt": prompt, "agreement": float(np.mean((np.sign(difference) + 1) / 2))}
-            for side, image in (("chosen", chosen), ("rejected", rejected)):
+            row: dict[str, Any] = {"prompt": prompt}
+            for side, image in zip(SIDES, (chosen, rejected), strict=True):
                 seed = settings.seeds[image]
                 row[side] = image_path(folder, model.name, index, seed).relative_to(folder).as_posix()
                 row[f"{side}_score"] = float(rewards[index, image])
                 row[f"{side}_seed"] = seed
                 row[f"{side}_noise_seed"] = settings.noise_seed(prompt, seed)
-            rows.append({**row, SCALE_COLUMN: [scale]})
+            row[SCALE_COLUMN] = [scale]
+            row["agreement"] = float(np.mean((np.sign(difference) + 1) / 2))
+            rows.append(row)
     if not rows:
         raise UserError(
             f"None of the {len(evaluation.prompts.prompts)} prompts has two images that can be paired. The rewards of "
@@ -211,7 +214,7 @@ def pairs_of_negatives(
         for seed in settings.seeds:
             noise_seed = settings.noise_seed(prompt, seed)
             row: dict[str, Any] = {"prompt": prompt}
-            for side in ("chosen", "rejected"):
+            for side in SIDES:
                 row[side] = image_path(folder, side, index, seed).relative_to(folder).as_posix()
                 row[f"{side}_noise_seed"] = noise_seed
                 images.append(ListedImage(row[side], prompt, {"model": side, "seed": seed, "noise_seed": noise_seed}))

@@ -34,7 +34,7 @@ from .publish import ALIGNED_ADVICE, write_dataset
 logger = logging.getLogger(__name__)
 
 Recipe = Literal["spin", "partial", "local"]
-SIDES = 16  # images are cropped so that their sides are multiples of this number, which every supported VAE accepts
+MULTIPLE = 16  # images are cropped so that their sides are multiples of this number, which every supported VAE accepts
 PURPOSES = {
     "spin": "Each chosen image is paired with an image that the model generated from its prompt (SPIN).",
     "partial": "Each chosen image is paired with a copy that was noised and then denoised by the model. The two images "
@@ -103,7 +103,7 @@ def pairs_from_images(
     facts |= {"recipe": recipe, "strength": strength, "images": files.hexdigest()}
     peers.first(lambda: record_settings(folder / "images" / "rejected", facts))
     job = _Losers(recipe, strength, model, source, listed, folder, settings)
-    made = peers.first(job.made)
+    made = {*peers.first(job.made)}
     share = [index for index in range(len(listed)) if index not in made][peers.index :: peers.count]
     peers.gather_results(lambda: job.make(share, call_kwargs, size) if share else None)
 
@@ -111,7 +111,7 @@ def pairs_from_images(
     pairs = job.made()
     if not pairs:
         raise UserError(
-            f"A pair needs an image that can be read and has at least {SIDES} pixels on each side. None of the "
+            f"A pair needs an image that can be read and has at least {MULTIPLE} pixels on each side. None of the "
             f"{len(listed)} images of {source} is such an image. Look at the files."
         )
     peers.first(lambda: job.write(pairs))
@@ -219,9 +219,9 @@ def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | No
     except UndecodableImageError as error:
         logger.warning("%s is left out: the image %s", path.name, error)
         return None
-    width, height = (wanted or side // SIDES * SIDES for wanted, side in zip(size, image.size, strict=True))
+    width, height = (wanted or side // MULTIPLE * MULTIPLE for wanted, side in zip(size, image.size, strict=True))
     if not width or not height:
-        logger.warning("%s is left out: both sides must have at least %d pixels", path.name, SIDES)
+        logger.warning("%s is left out: both sides must have at least %d pixels", path.name, MULTIPLE)
         return None
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ... import __version__
 from ...data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ...data.formats import BRANCH_PROMPTS, PreferenceFormat
+from ...data.image_folders import SIDES
 from ...data.images import ImageReader
 from ...data.mixtures import PairMixture
 from ...data.pair_scores import SCORER_COLUMNS
@@ -40,10 +41,9 @@ from ..rewards.vlm_server import VLMServerJudge
 from .manifest import read_json_lines
 from .publish import CARD_FILE
 
-PAIRS_FILE = "pairs.parquet"
+SCORED_FILE = "pairs.parquet"
 SUMMARY_FILE = "scores.json"
 SCORES_FOLDER = "scores"
-SIDES = ("chosen", "rejected")
 _AT_ONCE = 16  # images that are scored before their scores are saved
 _ROWS_AT_ONCE = 100  # rows of a row group of the parquet file
 _SCALE = {"scorer": datasets.Value("string")} | {
@@ -150,7 +150,7 @@ def score_pairs(
     # Write the data set.
     rows = _rows(source, origins[is_scored], scores, [asdict(scale) for scale in scales])
     features = _features(source, len(scorers))
-    write_atomically(folder / PAIRS_FILE, lambda file: _write_parquet(file, rows, features))
+    write_atomically(folder / SCORED_FILE, lambda file: _write_parquet(file, rows, features))
     summary = {**described, "pairs": len(scores), "scales": [asdict(scale) for scale in scales], "report": lines}
     write_description(folder / SUMMARY_FILE, summary)
     write_atomically(folder / CARD_FILE, _card(folder.absolute().name, summary).encode())
