@@ -73,7 +73,9 @@ def test_lambda_within_a_range_is_that_of_its_pairs(build):
 
 
 def test_each_noise_bin_has_its_own_lambda(build):
-    trainer = build("output", safeguard_kwargs={"granularity": "noise_bin"}, max_steps=1, per_device_train_batch_size=8)
+    trainer = build(
+        "output", safeguard_kwargs={"granularity": "noise_bin"}, max_steps=1, per_device_train_batch_size=8
+    )
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
