@@ -84,8 +84,8 @@ def test_the_plot_of_noise_bins_has_a_point_at_the_middle_of_each_bin(drawn, tmp
     record = {"step": 9, "winner": {3: 0.125, 1: 0.0}, "loser": {3: 0.5, 1: 2.0}}
     plot_noise_bins(record, tmp_path / "levels.png")
     winners, losers = (axes.lines[0] for axes in drawn[0].axes)
-    assert (list(winners.get_xdata()), list(winners.get_ydata())) == ([0.375, 0.875], [0.0, 12.5])
-    assert (list(losers.get_xdata()), list(losers.get_ydata())) == ([0.375, 0.875], [200.0, 50.0])
+    assert (list(winners.get_xdata()), list(winners.get_ydata())) == ([0.1875, 0.4375], [0.0, 12.5])
+    assert (list(losers.get_xdata()), list(losers.get_ydata())) == ([0.1875, 0.4375], [200.0, 50.0])
 
 
 def test_file_names_of_plots_are_allowed_on_windows():
