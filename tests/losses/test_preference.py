@@ -6,6 +6,7 @@ import pytest
 import torch
 from losses.settings import BETA, SAFEGUARD, SETTINGS
 
+from trl_diffusion_sdpo.families.loss_defaults import FALLBACK, STABLE_DIFFUSION_DEFAULTS
 from trl_diffusion_sdpo.losses import (
     LOSSES,
     LossSpec,
@@ -249,8 +250,9 @@ def test_a_row_without_flags_gets_lambda_from_its_gradients(monkeypatch):
 
 def test_default_betas_are_the_published_ones_and_half_of_diffusion_dpos_for_capo():
     published = {"dspo": 0.001, "dmpo": 2000.0, "mapo": 0.1, "linear": 100.0, "capo": 2500.0}
-    for loss_type, spec in LOSSES.items():
-        assert spec.default_beta == published.get(loss_type, 5000.0)
+    for loss_type, beta in published.items():
+        assert STABLE_DIFFUSION_DEFAULTS[loss_type].beta == beta
+    assert STABLE_DIFFUSION_DEFAULTS[FALLBACK].beta == 5000.0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def share(batch: Any) -> Any:
-    """Move the tensors of a batch into shared memory, in place, and return the batch. Raise `RuntimeError` if shared
+    """Move the tensors of a batch into shared memory, in place, and return the batch. Raise `UserError` if shared
     memory is full."""
     if isinstance(batch, torch.Tensor):
         try:

@@ -1,5 +1,5 @@
-"""Distributed training: engines (one process, DDP, FSDP2, DeepSpeed), gradients, sharded weights, communication between
-processes, and data loaders.
+"""Distributed training: engines (one process, DDP, FSDP2, DeepSpeed), gradients, sharded weights, and communication
+between processes.
 
 Code outside of this package does not need to know which engine runs.
 """

@@ -340,12 +340,12 @@ def _check_needs(
     if spec.needs_reference and ref_pred is None and ref_errors is None:
         raise UserError(
             f"The loss {name} needs `ref_pred`. Got None. Pass the reference's predictions, or choose a loss without "
-            "reference: sft, mapo or simpo."
+            "reference, such as sft."
         )
     if spec.reads_reference_prediction and ref_errors is not None:
         raise UserError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
     if spec.uses_beta and beta is None:
-        raise UserError(f"The loss {name} needs `beta`. Got None. A usual value is {spec.default_beta}.")
+        raise UserError(f"The loss {name} needs `beta`. Got None. In Diffusion-DPO, 5000 is usual.")
     if spec.needs_scores and (scores is None or scores.shape != (rows,)):
         got = "None" if scores is None else f"shape {tuple(scores.shape)}"
         raise UserError(

@@ -411,7 +411,6 @@ class LossSpec:
             winner's error, whatever lambda is.
         anchor (`str`): Default of `anchor` in `safeguard_kwargs`: `"branch"` if, for every pair, the winner's part of
             the gradient is the gradient of the winner's error times a number of at least 0, else `"error"`.
-        default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
         reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
             pair whose logit is cut at `margin_clamp` has no gradient.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
@@ -434,7 +433,6 @@ class LossSpec:
     positive_weights: bool = False
     target_logit: Callable[..., float | torch.Tensor] | None = None
     anchor: Anchor = "error"
-    default_beta: float = 5000.0
     reads_logit_only: bool = False
     margin_clamp: float | None = None
 
@@ -502,20 +500,19 @@ LOSSES: dict[str, LossSpec] = {
     "hinge": LossSpec(hinge_loss, **_LOGISTIC),
     "ipo": LossSpec(ipo_loss, target_logit=lambda terms: 0.5, **_TARGETED),
     "robust": LossSpec(robust_loss, **_LOGISTIC),
-    "dspo": LossSpec(dspo_loss, default_beta=0.001, **_DSPO),
+    "dspo": LossSpec(dspo_loss, **_DSPO),
     "dspo_sdxl": LossSpec(dspo_sdxl_loss, **_DSPO),
-    "dmpo": LossSpec(dmpo_loss, target_logit=_dmpo_target_logit, default_beta=2000.0, **_TARGETED),
+    "dmpo": LossSpec(dmpo_loss, target_logit=_dmpo_target_logit, **_TARGETED),
     "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, **_POSITIVE),
-    "mapo": LossSpec(mapo_loss, needs_reference=False, default_beta=0.1, anchor="branch"),
+    "mapo": LossSpec(mapo_loss, needs_reference=False, anchor="branch"),
     "simpo": LossSpec(simpo_loss, needs_reference=False, **_POSITIVE),
     "dpop": LossSpec(dpop_loss, anchor="branch"),
-    "linear": LossSpec(linear_loss, default_beta=100.0, **_POSITIVE),
+    "linear": LossSpec(linear_loss, **_POSITIVE),
     "smpo": LossSpec(smpo_loss, needs_scores=True, **_LOGISTIC),
     "capo": LossSpec(
         capo_loss,
         needs_scores=True,
         target_logit=_capo_target_logit,
-        default_beta=2500.0,
         **_TARGETED,
     ),
     "apo_zero": LossSpec(apo_zero_loss, anchor="branch"),
@@ -642,7 +639,6 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     """
     summands = [(weight, LOSSES[name]) for name, weight in weights.items() if weight]
     rows = [row for _, row in summands]
-    with_beta = [row for row in rows if row.uses_beta]
     targets = [(row, row.target_logit) for row in rows if row.target_logit is not None]
     equal = all(row.equal_weights and row.uses_loser and not row.reads_reference_prediction for row in rows)
 
@@ -674,7 +670,6 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         positive_weights=equal and all(row.positive_weights for row in rows),
         target_logit=target_logit if targets else None,
         anchor="branch" if all(row.anchor == "branch" for row in rows) else "error",
-        default_beta=with_beta[0].default_beta if with_beta else LossSpec.default_beta,
         reads_logit_only=all(row.reads_logit_only for row in rows),
     )
 

@@ -331,8 +331,7 @@ class PairForward:
             size = inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            stays = self._frozen.state == "on device"  # if not, `in_use` copies the components or loads them from disk
-            with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
+            with self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 # The encoded prompts have one row per pair or per image. The source image of an edit is encoded once
                 # per pair.
