@@ -102,7 +102,7 @@ class Meter(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
             setattr(self.trainer.args, name, value)
-        self.trainer.parameter_safeguard = self.trainer._make_parameter_safeguard()  # for this step's mode
+        self.trainer._parameter_safeguard = self.trainer._make_parameter_safeguard()  # for this step's mode
         if args.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

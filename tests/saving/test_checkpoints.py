@@ -299,13 +299,21 @@ def test_a_script_may_handle_signals_by_a_callback(build, own_handlers, tmp_path
     assert interrupt.interrupted is signal.SIGTERM and kept(tmp_path / "run") == ["checkpoint-1"]
 
 
+def test_a_callback_that_handles_signals_may_be_a_class_but_not_come_later(build, own_handlers):
+    trainer = build(1, callbacks=[CheckpointOnInterrupt])
+    assert trainer.interrupt in trainer.callback_handler.callbacks
+    trainer = build(1)
+    trainer.add_callback(CheckpointOnInterrupt())
+    with pytest.raises(ValueError, match="CheckpointOnInterrupt"):
+        trainer.train()
+
+
 def test_an_interrupt_is_forgotten_when_the_same_trainer_trains_again(build, own_handlers, tmp_path, caplog):
     caplog.set_level("INFO")
     trainer = build(2, save_strategy="no", callbacks=[SignalAt(1, signal.SIGTERM)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.interrupt not in trainer.callback_handler.callbacks
-    trainer.args.checkpoint_on_interrupt = False
     trainer.remove_callback(SignalAt)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2 and "To load" in caplog.text

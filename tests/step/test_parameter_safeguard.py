@@ -167,3 +167,13 @@ def test_a_loss_whose_gradient_would_be_lost_is_refused(sd_folder, make_args, ma
     trainer = trainer_class(sd_folder, None, make_args(**PARAMETER, max_steps=1), make_pairs())
     with pytest.raises(ValueError, match=reason):
         trainer.train()
+
+
+def test_a_step_outside_of_train_is_safeguarded_too(make_trainer, make_pairs):
+    trainer = make_trainer(train=make_pairs(4), safeguard="parameter", per_device_train_batch_size=4)
+    trainer.optimizer = trainer.accelerator.prepare(trainer.create_optimizer())
+    trainer.current_gradient_accumulation_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.training_step(trainer.model, batch)
+    assert trainer.parameter_safeguard is not None
+    assert "safeguard/scale" in trainer._meter.drain(trainer.accelerator)

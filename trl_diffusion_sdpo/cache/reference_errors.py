@@ -118,12 +118,12 @@ class ReferenceErrors:
             "version": VERSION,
             "epochs": self._epochs(dataset),
         }
-        if not _is_for_training(dataset):
+        if not dataset.is_for_training:
             facts["crops"] = None
         return ShardStore(self._settings.folder / ERRORS, facts, len(self._shards(dataset)))
 
     def _epochs(self, dataset: PreferenceDataset) -> int:
-        return self._settings.epochs if _is_for_training(dataset) else 1
+        return self._settings.epochs if dataset.is_for_training else 1
 
     def _shards(self, dataset: PreferenceDataset) -> list[tuple[int, range]]:
         """Return the epoch and the pair numbers for each row of the store."""
@@ -145,7 +145,7 @@ class ReferenceErrors:
         """Compute and write the missing rows of a store. All images of a forward pass have the same size."""
         shards = self._shards(dataset)
         numbers = [[(shards[row][0], pair) for pair in shards[row][1]] for row in missing]
-        training = _is_for_training(dataset)
+        training = dataset.is_for_training
         size = self._settings.batch_size if training else self._settings.eval_batch_size
         batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
         loader = iter(self._settings.load(_PairsInEpochs(dataset), batches))
@@ -189,10 +189,6 @@ class ReferenceErrors:
                 "the images of these pairs, or use bf16 instead of fp16."
             )
         errors[[row - pairs.start for row in rows]] = computed
-
-
-def _is_for_training(dataset: PreferenceDataset) -> bool:
-    return dataset.draw_settings()["training"]
 
 
 class _PairsInEpochs(Dataset):

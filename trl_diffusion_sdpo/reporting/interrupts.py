@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.worker_processes import INTERRUPTS
 from ..saving.setup import output_folder
 from ..step.finite_check import StepExchange
+from ..utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,11 @@ def stopping_on_interrupt(
     if interrupt in handler.callbacks or args.enable_jit_checkpoint:
         yield
         return
+    if any(isinstance(callback, CheckpointOnInterrupt) for callback in handler.callbacks):
+        raise UserError(
+            "A `CheckpointOnInterrupt` of your own must be among the `callbacks` that the trainer's constructor gets, "
+            "because two of them would handle each signal. Got one that was added later."
+        )
     handler.add_callback(interrupt)
     try:
         yield

@@ -280,7 +280,7 @@ def ruined_in_training(history: History, run: RunFacts, fewest_logs: int = 1) ->
         return ""
     error = fmean(log["errors/winner"] for log in logs)
     before = error - fmean(log["errors/winner_change"] for log in logs)
-    if error <= (1 + RUINED) * before:
+    if error <= (1 + RUINED) * before or before == 0:
         return ""
     return (
         f"On training pairs, the error on the preferred images is {error:.3g}, and that {run.reference} {before:.3g}."

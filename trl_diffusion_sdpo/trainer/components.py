@@ -25,14 +25,14 @@ from ..families import Family
 from ..losses import LossSpec
 from ..models.adapters import active_adapter, add_lora, check_adapter_weight, freeze, train_only_adapter
 from ..models.frozen_components import FrozenComponents
-from ..models.kernels import check_attention
+from ..models.kernels import check_attention, is_mostly_blocks
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
 from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
-from ..utils._compat import attention_backends, compile_with_eager_rounding, repeated_blocks
+from ..utils._compat import attention_backends, compile_with_eager_rounding
 from ..utils.errors import UserError
 from ..utils.identity import describe_component, hash_of_tensors, public_config
 from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
@@ -310,7 +310,8 @@ def reference_facts(
         "scheduler": describe_component(family.pipeline.scheduler),
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
-        "attention": attention_backends(denoiser),
+        "attention": [name for name in attention_backends(denoiser) if name != "native"]
+        or None,  # `None`: the default
         "compiled": args.torch_compile,
     }
 
@@ -322,8 +323,8 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
     """Check the attention back end. With `torch_compile`, compile the repeated blocks of all denoisers, so that each
     kind of block is compiled once.
 
-    DeepSpeed and FSDP wrap the blocks, and some models list no blocks. In these cases, compile the reference and the
-    averaged weights (`copies`) whole, and leave the model that trains to accelerate.
+    DeepSpeed and FSDP wrap the blocks, and in some models the blocks are not most of the network. In these cases,
+    compile the reference and the averaged weights (`copies`) whole, and leave the model that trains to accelerate.
 
     Raises:
         `ValueError`: If the attention has no backward pass, or if the model that trains would be compiled after the
@@ -332,13 +333,13 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
     check_attention(denoiser)
     if not args.torch_compile:
         return
-    by_block = bool(repeated_blocks(denoiser)) and not by_engine(args)
+    by_block = is_mostly_blocks(denoiser) and not by_engine(args)
     if args.precompute_ref_errors and not by_block:
         raise UserError(
-            "`precompute_ref_errors=True` with `torch_compile=True` needs one process or DDP, and a model whose "
-            f"repeated blocks diffusers lists. Got a {type(denoiser).__name__}, which accelerate would compile after "
-            "the reference's errors are computed, so that policy and reference round differently. Leave one of the two "
-            "out."
+            "`precompute_ref_errors=True` with `torch_compile=True` needs one process or DDP, and a model that "
+            f"mostly consists of repeated blocks. Got a {type(denoiser).__name__}, which accelerate would compile "
+            "after the reference's errors are computed, so that policy and reference round differently. Leave one of "
+            "the two out."
         )
     backend = args.torch_compile_backend
     mode = args.torch_compile_mode

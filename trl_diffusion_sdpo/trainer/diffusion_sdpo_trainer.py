@@ -239,7 +239,7 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
-        self.parameter_safeguard: ParameterSafeguard | None = None  # made by each call of `train`
+        self._parameter_safeguard: ParameterSafeguard | None = None
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
@@ -272,7 +272,7 @@ class DiffusionSDPOTrainer(Trainer):
         # Set up the components that need the accelerator.
         self.engine.check(asked_engine(args))
         # The user may pass a callback that handles signals. Among several, the last one replaces the others' handlers.
-        passed = [each for each in callbacks or () if isinstance(each, CheckpointOnInterrupt)]
+        passed = [each for each in self.callback_handler.callbacks if isinstance(each, CheckpointOnInterrupt)]
         self.interrupt = passed[-1] if passed else CheckpointOnInterrupt()
         self._finite = FiniteCheck(
             self.interrupt.exchange,
@@ -611,8 +611,17 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_optimizer_state(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        self.parameter_safeguard = self._make_parameter_safeguard()
+        # An earlier call of `train` made it for another wrapper of the model. Made here, it refuses an engine early.
+        self._parameter_safeguard = self._make_parameter_safeguard()
         return prepared
+
+    @property
+    def parameter_safeguard(self) -> ParameterSafeguard | None:
+        """Object that computes training steps with `safeguard="parameter"`, or `None` with another safeguard. Each call
+        of `train` makes a new one, and a training step outside of `train` makes the first."""
+        if self._parameter_safeguard is None:
+            self._parameter_safeguard = self._make_parameter_safeguard()
+        return self._parameter_safeguard
 
     def _make_parameter_safeguard(self) -> ParameterSafeguard | None:
         """Return the object that computes training steps with `safeguard="parameter"`, or `None` with another

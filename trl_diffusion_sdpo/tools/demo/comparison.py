@@ -163,7 +163,7 @@ class Comparison:
             eval_on_start=True,
             save_strategy="no",
             save_full_pipeline=True,
-            overwrite_output_dir=True,  # an interrupted demo leaves a checkpoint
+            save_only_model=True,  # an interrupted demo cannot be resumed, and the message after Ctrl-C says so
             logging_steps=max(1, steps // LOGS),
             report_to="none",
             disable_tqdm=True,  # `BarCallback` shows the progress
