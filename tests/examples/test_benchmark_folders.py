@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trl_diffusion_sdpo import UserError
 from trl_diffusion_sdpo.cli.main import main
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "scripts" / "benchmark_folders.py"
@@ -18,12 +19,17 @@ SIDE = 16
 
 
 @pytest.fixture
-def arrange(sd_folder, tmp_path):
-    """`arrange(benchmark, prompts, text)`: the folder for a benchmark, after an evaluation of its prompts, and the
-    images by prompt and seed."""
+def script():
     spec = importlib.util.spec_from_file_location("benchmark_folders", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture
+def arrange(script, sd_folder, tmp_path):
+    """`arrange(benchmark, prompts, text)`: the folder for a benchmark, after an evaluation of its prompts, and the
+    images by prompt and seed."""
 
     def arranged(benchmark, name, text):
         prompts = tmp_path / name
@@ -91,3 +97,65 @@ def test_hpsv2_finds_each_prompt_of_a_style_by_its_number(arrange):
         with Image.open(file) as image:
             assert image.format == "JPEG"
         assert np.abs(pixels(file) - images[prompt, 0]).mean() < 20
+
+
+@pytest.fixture
+def evaluated(script, tmp_path):
+    """`evaluated(benchmark, name, text, prompt, seeds, height)`: the folder for a benchmark, of an evaluation of one
+    prompt with grey images, as bright as their seed."""
+
+    def arranged(benchmark, name, text, prompt="a", seeds=1, height=SIDE):
+        prompts = tmp_path / name
+        prompts.write_text(text)
+        rows = [{"model": "m", "prompt": prompt, "seed": seed, "image": f"{seed}.png"} for seed in range(seeds)]
+        for seed in range(seeds):
+            Image.new("RGB", (SIDE, height), (seed + 1,) * 3).save(tmp_path / f"{seed}.png")
+        (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        script.main([benchmark, str(prompts), str(tmp_path), "m", str(tmp_path / "arranged")])
+        return tmp_path / "arranged"
+
+    return arranged
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_a_grid_of_dpg_with_fewer_images_has_them_in_their_places(seeds, evaluated):
+    with Image.open(evaluated("dpg", "dpg_bench.csv", "item_id,text\n1,a\n", seeds=seeds) / "1.png") as image:
+        corners = [(0, 0), (SIDE, 0), (0, SIDE)]
+        assert [image.getpixel(corner)[0] for corner in corners[:seeds]] == list(range(1, seeds + 1))
+        assert image.size == ((SIDE, SIDE) if seeds == 1 else (2 * SIDE, 2 * SIDE))
+
+
+ITEM = "item_id,text\n1,a\n"
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "name", "text", "settings", "named"),
+    [
+        ("geneval", "a.jsonl", '{"prompt": "a", "tag": "counting"}', {}, "include"),
+        ("geneval", "a.jsonl", '{"prompt": "b", "tag": "counting", "include": []}', {}, "'b'"),
+        ("dpg", "a.csv", "item_id,text\n1.5,a\n", {}, "'1.5'"),
+        ("dpg", "a.csv", "item_id,text\n1/5,a\n", {}, "'1/5'"),
+        ("dpg", "a.csv", ITEM, {"seeds": 5}, "got 5"),
+        ("dpg", "a.csv", ITEM, {"height": 2 * SIDE}, "16x32"),
+        ("t2i-compbench", "a.txt", "snake_case", {"prompt": "snake_case"}, "'snake_case'"),
+        ("t2i-compbench", "a.txt", "either/or", {"prompt": "either/or"}, "'either/or'"),
+        ("t2i-compbench", "a.txt", 245 * "a", {"prompt": 245 * "a"}, 245 * "a"),
+        ("hpsv2", "prompts.json", '["a"]', {}, "concept-art"),
+        ("hpsv2", "anime.json", '["a", ""]', {}, "''"),
+    ],
+)
+def test_what_would_get_a_wrong_score_is_refused(benchmark, name, text, settings, named, evaluated, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        evaluated(benchmark, name, text, **settings)
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "arranged").exists()
+
+
+def test_an_item_of_dpg_with_two_prompts_is_refused(script, tmp_path):
+    (tmp_path / "dpg.csv").write_text("item_id,text\n1,a\n1,b\n")
+    images = script.Images()
+    for prompt in ("a", "b"):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{prompt}.png")
+        images[prompt] = [tmp_path / f"{prompt}.png"]
+    with pytest.raises(UserError, match="'1'"):
+        script.dpg(tmp_path / "dpg.csv", images)

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 
-from trl_diffusion_sdpo import PairTerms, register_loss
+from trl_diffusion_sdpo import PairTerms, UserError, register_loss
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.pair_arguments import public_name
 from trl_diffusion_sdpo.cli.train import parse
@@ -146,3 +146,5 @@ def test_a_registered_loss_is_the_function_that_was_passed():
         register_loss("sigmoid", scaled)
     with pytest.raises(ValueError, match="'plain'"):
         register_loss("plain", lambda terms, beta: terms.logit(beta))
+    with pytest.raises(UserError, match="needs_reference.*default_beta"):
+        register_loss("unheard_of", scaled, default_beta=5.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -685,8 +685,8 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
             loser's and the reference's errors, and lambda is computed from the gradients of the loss.
 
     Raises:
-        `ValueError`: If this package has a loss of this name, if the name is not an identifier, or if the function has
-            an argument that is neither `terms` nor keyword-only.
+        `ValueError`: If this package has a loss of this name, if the name is not an identifier, if the function has
+            an argument that is neither `terms` nor keyword-only, or if `LossSpec` has no field of a fact's name.
 
     Example:
 
@@ -710,5 +710,12 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
             f"The function of the loss {name!r} must take the pairs' terms as its first argument, and settings as "
             "keyword-only arguments. "
             f"Got the arguments {inspect.signature(function)}. Define the loss as `def {name}(terms, *, beta)`."
+        )
+    known = [field.name for field in fields(LossSpec) if field.name != "function"]
+    unknown = [fact for fact in facts if fact not in known]
+    if unknown:
+        raise UserError(
+            f"The facts about the loss {name!r} must be fields of `LossSpec`: {', '.join(known)}. Got "
+            f"{', '.join(unknown)}. Leave out what is not in this list."
         )
     LOSSES[name] = LossSpec(function, **facts)

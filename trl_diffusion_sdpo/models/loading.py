@@ -93,7 +93,7 @@ def load_model(
         device (`torch.device`, *optional*): Device on which the denoiser will run. On a CPU, weights are copied if
             their memory is not aligned; see [`align_weights`].
         encoders (`bool`): Whether to load the weights of VAE and text encoders if `model` is a Hub id or folder. See
-            [`~trl_diffusion_sdpo.families.load_pipeline`].
+            [`~trl_diffusion_sdpo.models.pipelines.load_pipeline`].
         denoiser (`bool`): Whether to load the weights of the denoiser if `model` is a Hub id or folder.
         denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 

@@ -2,9 +2,9 @@
 
 
 class UserError(ValueError):
-    """Error that you can mend: a setting, a file or the data must change, and the message says how.
+    """Something you can fix: a setting, a file or the data. The message says how.
 
-    All errors that this package raises for users are of this class. Errors of libraries are not.
+    With several processes, those that did not find the problem themselves may raise a `RuntimeError` instead.
 
     Example:
 

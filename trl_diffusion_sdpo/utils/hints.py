@@ -22,7 +22,6 @@ _NAMES_ELSEWHERE = {
     "optim": "optimizer optimizer_type use_8bit_adam",
     "bf16": "mixed_precision",
     "beta": "dpo_beta beta_dpo",
-    "timestep_weighting": "min_snr_gamma",
     "weighting_kwargs": "logit_mean logit_std mode_scale",
     "ema_decay": "use_ema",
     "random_flip": "flip_aug",

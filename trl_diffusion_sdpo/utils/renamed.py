@@ -55,17 +55,23 @@ RENAMED = {
     "num_noise_bins": Renamed("is gone, because there are always 8 noise bins", 8),
     "torch_compile_regional": Renamed("is now what `torch_compile` does, if diffusers lists the model's blocks"),
 }
+# Names that no stored run has: an option of `evaluate`, and the name of a setting in other trainers.
+_OTHER_SENTENCES = {
+    "layout": "is now the script `examples/scripts/benchmark_folders.py`, which you run after `evaluate`",
+    "min_snr_gamma": RENAMED["snr_gamma"].sentence,
+}
 
 
 def renamed_setting(name: str) -> str:
     """Return a sentence that says where a setting of earlier versions went, or an empty string for other names."""
     name = name.replace("-", "_")
-    return f"`{name}` {RENAMED[name].sentence}." if name in RENAMED else ""
+    sentence = RENAMED[name].sentence if name in RENAMED else _OTHER_SENTENCES.get(name)
+    return f"`{name}` {sentence}." if sentence else ""
 
 
 def refuse_renamed(names: Iterable[str]) -> None:
     """Raise `ValueError` with a sentence for each name of a setting of earlier versions."""
-    sentences = [renamed_setting(name) for name in names if name in RENAMED]
+    sentences = [sentence for sentence in map(renamed_setting, names) if sentence]
     if sentences:
         raise UserError(" ".join(sentences))
 

@@ -30,7 +30,7 @@ AS_IT_WAS = {
 }
 
 
-@pytest.mark.parametrize("name", AS_IT_WAS)
+@pytest.mark.parametrize("name", [*AS_IT_WAS, "min_snr_gamma"])
 def test_an_old_keyword_is_refused_with_its_new_place(name, tmp_path):
     assert name not in {field.name for field in dataclasses.fields(DiffusionSDPOConfig)}
     with pytest.raises(ValueError, match=f"`{name}` is"):
@@ -50,6 +50,21 @@ def test_an_old_option_is_refused_with_its_new_place(capsys, tmp_path, in_file):
         words = ["--config", str(tmp_path / "run.yaml")]
     assert main(["train", "--model_name_or_path", "none", "--dataset_name", "none", *words]) != 0
     assert "`safeguard_kwargs={'granularity': ...}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ("train --model_name_or_path m --dataset_name d --min-snr-gamma 5", "{'snr_gamma': ...}"),
+        (
+            "evaluate --models a=m --prompts p --output_dir o --layout geneval",
+            "examples/scripts/benchmark_folders.py",
+        ),
+    ],
+)
+def test_an_option_that_no_run_stores_is_refused_with_its_place(capsys, words, place):
+    assert main(words.split()) != 0
+    assert place in capsys.readouterr().err
 
 
 def test_old_values_move_to_their_new_places():

@@ -107,17 +107,17 @@ class LossArguments:
             losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
             the model's family is used.
         safeguard_kwargs (`dict` or `str`, *optional*):
-            Constants of the safeguard by name, in YAML or as JSON. Under `safeguard="output"`, `granularity` says which
-            pairs share one lambda: `"batch"` (default; those of a micro-batch of a process, as published), `"pair"`
-            (each pair has its own), `"noise_bin"` (those in one of eight bins of noise levels) or `"weighted"` (as
-            `"batch"`, but computed from the gradients of the loss, so each pair has the weight that the loss gives it);
-            `eps` (default 0; 1e-9 in the authors' code) is added to the divisor of lambda. Under
-            `safeguard="parameter"`, `anchor` is what must not rise: `"branch"` (the mean of the winners' errors with
-            the weights that the loss gives to the pairs) or `"error"` (the plain mean, for one more backward pass of
-            the winners); it defaults to `"error"` for the losses whose winner term can itself raise the winner's error
-            (LOSSES_WITH_ERROR_ANCHOR), and to `"branch"` for all others. `low_memory: true` holds the activations of
-            winners and losers one after the other: it saves memory for one more forward pass of the losers, and is not
-            possible with dropout.
+            Constants of the safeguard by name, in YAML or as JSON. With `safeguard="output"`, there are `granularity`
+            and `eps`. `granularity` says which pairs share a lambda. `"batch"` (the default, as published): the pairs
+            of a process's micro-batch. `"pair"`: each pair has its own. `"noise_bin"`: those in the same of eight
+            bins of noise levels. `"weighted"`: as `"batch"`, but each pair has the weight that the loss gives it.
+            `eps` is added to the divisor of lambda. It defaults to 0, and is 1e-9 in the authors' code. With
+            `safeguard="parameter"`, there are `anchor` and `low_memory`. `anchor` is what must not rise. `"branch"`:
+            the mean of the winners' errors with the weights that the loss gives to the pairs. `"error"`: the plain
+            mean, for one more backward pass of the winners. The default is `"error"` for losses whose winner term can
+            itself raise the winner's error (LOSSES_WITH_ERROR_ANCHOR), and `"branch"` for all others.
+            `low_memory: true` holds the activations of winners and losers one after the other. This saves memory for
+            one more forward pass of the losers, and is not possible with dropout.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
             the predictions of the policy and the reference outside of an image's mask, averaged over the images of the
