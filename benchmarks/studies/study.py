@@ -23,7 +23,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -42,6 +42,7 @@ from trl_diffusion_sdpo.tools.demo.oracle import oracle
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
 from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
 from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE, captions
+from trl_diffusion_sdpo.tools.guidance.guide import Form
 
 HERE = Path(__file__).parent
 BASE = "base"  # the row that is not trained
@@ -65,6 +66,9 @@ def load_plan(name: str) -> dict[str, Any]:
         for key in ("of", "reference"):
             if settings.get(key, BASE) not in (*plan["rows"], BASE):
                 raise ValueError(f"`{key}` of row {row!r} must be another row, got {settings[key]!r}.")
+        form = settings.get("guidance", {}).get("form", "conditional")
+        if form not in get_args(Form):
+            raise ValueError(f"`form` of row {row!r} must be one of {', '.join(get_args(Form))}, got {form!r}.")
     return plan
 
 

@@ -114,8 +114,6 @@ def test_a_study_trains_samples_and_goes_on_after_a_kill(tmp_path):
 
 
 def test_every_plan_of_a_study_has_settings_that_exist():
-    import yaml
-
     from trl_diffusion_sdpo import DiffusionSDPOConfig
 
     sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
@@ -123,8 +121,18 @@ def test_every_plan_of_a_study_has_settings_that_exist():
 
     known = {*DiffusionSDPOConfig.__dataclass_fields__, *study.ROW_KEYS}
     for file in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
-        plan = yaml.safe_load(file.read_text())
+        plan = study.load_plan(str(file))
         assert not {key for row in (plan["shared"], *plan["rows"].values()) for key in row} - known
+
+
+def test_a_plan_with_an_unknown_form_of_guidance_is_refused(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
+    import study
+
+    file = tmp_path / "plan.yaml"
+    file.write_text("rows: {tuned: {}, guided: {of: tuned, guidance: {form: both}}}")
+    with pytest.raises(ValueError, match="guided.*'both'"):
+        study.load_plan(str(file))
 
 
 @pytest.mark.matrix

@@ -238,6 +238,22 @@ def test_frequencies_stay_exact_in_a_denoiser_that_is_cast(name, buffer):
         assert torch.equal(denoiser.get_buffer(buffer), exact)
 
 
+@pytest.mark.parametrize("name", ["qwen_image_21", "ideogram4"])
+def test_networks_get_one_hook_from_training_however_often_they_are_loaded_and_none_from_their_family(name):
+    pipeline = case(name).build()
+    networks = [part for part in pipeline.components.values() if isinstance(part, type(pipeline.transformer))]
+
+    def hooks():
+        return [sum(len(module._forward_pre_hooks) for module in network.modules()) for network in networks]
+
+    find_family(pipeline)
+    assert hooks() == [0] * len(networks)
+    load_model(pipeline)
+    pipeline.transformer = networks[0] = copy.deepcopy(networks[0])
+    load_model(pipeline)
+    assert hooks() == [1] * len(networks)
+
+
 def predict_once(family, denoiser):
     latents = family.encode_images(torch.zeros(1, 3, 64, 64))
     with torch.no_grad():

@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from trl_diffusion_sdpo.families.cogview4 import CogView4Process
 from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess
+from trl_diffusion_sdpo.utils.errors import UserError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 500, 998, 999])
@@ -54,6 +55,16 @@ def test_min_snr_weights_follow_the_paper(prediction_type):
     expected = {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[prediction_type]
     weights = process(prediction_type=prediction_type).min_snr_weights(T, 5.0)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_gamma_is_5_unless_given_and_only_min_snr_takes_one():
+    ddpm = process()
+    for given, used in ((None, 5.0), (1.0, 1.0)):
+        weights = ddpm.weights(T, weighting="min_snr", snr_gamma=given)
+        assert torch.equal(weights, ddpm.min_snr_weights(T, used))
+    assert ddpm.weights(T) is None
+    with pytest.raises(UserError, match="`snr_gamma`.*3.0.*'none'"):
+        ddpm.weights(T, snr_gamma=3.0)
 
 
 def test_min_snr_weight_of_pure_noise_is_finite():

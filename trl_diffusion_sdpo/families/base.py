@@ -44,6 +44,9 @@ PromptPadding = Literal["fixed", "end", "end, shifting the image", "start"]
 class Family(ABC):
     """How to train one kind of pipeline: default settings as class attributes, and methods that call the pipeline.
 
+    Before you train a pipeline's denoiser yourself, call `prepare_denoiser(denoiser)`; the class does not check the
+    pipeline, as [`find_family`] does.
+
     `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:

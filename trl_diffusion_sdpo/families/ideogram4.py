@@ -4,9 +4,9 @@ The transformer's time runs from 0 (noise) to 1 (image). A second transformer pr
 classifier-free guidance.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 )
 from torch import nn
 
+from ..utils._compat import forward_pre_hooks
 from ..utils.errors import UserError
 from .base import PromptPadding
 from .flux2 import Flux2LatentsFamily
@@ -86,18 +87,15 @@ class Ideogram4Family(Flux2LatentsFamily):
     def __init__(self, pipeline: DiffusionPipeline):
         if pipeline.unconditional_transformer is None:
             self.frozen_components = ("vae", "text_encoder")
-        else:
-            self.prepare_denoiser(pipeline.unconditional_transformer)  # sample images may cast it
         super().__init__(pipeline)
 
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
         """Keep the frequencies of positions in float32, as the model's files leave them. DeepSpeed and
-        `pipeline.to(torch.bfloat16)` round them, and large positions would then get wrong angles."""
-        config: Any = denoiser.config
-        keep_exact = functools.partial(_exact_frequencies, config.rope_theta)
-        for module in denoiser.modules():
-            if isinstance(module, Ideogram4MRoPE):
-                module.register_forward_pre_hook(keep_exact)
+        `pipeline.to(torch.bfloat16)` round them, and large positions would then get wrong angles. The same holds for
+        the unconditional transformer, which sample images may cast."""
+        _keep_frequencies_exact(denoiser)
+        if self.pipeline.unconditional_transformer is not None:
+            _keep_frequencies_exact(self.pipeline.unconditional_transformer)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return a constant guidance scale. The pipeline's default is a list of scales for exactly 48 steps."""
@@ -169,7 +167,20 @@ class Ideogram4Family(Flux2LatentsFamily):
         return 1000 * (1 - inputs["timestep"].float())
 
 
-def _exact_frequencies(base: int, module: Any, _: Any) -> None:
-    if module.inv_freq.dtype != torch.float32:
-        exact = Ideogram4MRoPE(module.head_dim, base, module.mrope_section)
-        module.inv_freq = exact.inv_freq.to(module.inv_freq.device)
+def _keep_frequencies_exact(denoiser: Any) -> None:
+    hook = _ExactFrequencies(denoiser.config.rope_theta)
+    for module in denoiser.modules():
+        if isinstance(module, Ideogram4MRoPE) and hook not in forward_pre_hooks(module):
+            module.register_forward_pre_hook(hook)
+
+
+@dataclass(frozen=True)
+class _ExactFrequencies:
+    """Forward pre-hook that computes rounded frequencies again. Hooks of the same base are equal."""
+
+    base: int
+
+    def __call__(self, module: Any, _: Any) -> None:
+        if module.inv_freq.dtype != torch.float32:
+            exact = Ideogram4MRoPE(module.head_dim, self.base, module.mrope_section)
+            module.inv_freq = exact.inv_freq.to(module.inv_freq.device)

@@ -231,7 +231,7 @@ class NoiseProcess(ABC):
         timesteps: torch.Tensor,
         *,
         weighting: TimestepWeighting = "none",
-        snr_gamma: float = SNR_GAMMA,
+        snr_gamma: float | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
         """Return the weights of squared errors at these timesteps, or `None` if all weights are 1.
@@ -241,7 +241,7 @@ class NoiseProcess(ABC):
             weighting (`str`): `"none"`; `"min_snr"`, see `min_snr_weights`; or `"one_minus_t_squared"` for the factor
                 `(1 - sigma)^2` with flow matching. In https://huggingface.co/papers/2501.13918, beta is multiplied by
                 this factor.
-            snr_gamma (`float`): Gamma of `"min_snr"`.
+            snr_gamma (`float`, *optional*, defaults to 5): Gamma of `"min_snr"`. Other weightings take none.
             image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on this number.
 
         Returns:
@@ -250,7 +250,12 @@ class NoiseProcess(ABC):
         if weighting not in WEIGHTINGS:
             raise UserError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
         if weighting == "min_snr":
-            return self.min_snr_weights(timesteps, snr_gamma)
+            return self.min_snr_weights(timesteps, SNR_GAMMA if snr_gamma is None else snr_gamma)
+        if snr_gamma is not None:
+            raise UserError(
+                f"`snr_gamma` needs `weighting='min_snr'`. Got {snr_gamma} with `weighting={weighting!r}`. Set "
+                "`weighting='min_snr'`, or leave `snr_gamma` out."
+            )
         return self.one_minus_t_squared(timesteps, image_seq_len) if weighting == "one_minus_t_squared" else None
 
     def one_minus_t_squared(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..utils._compat import forward_pre_hooks
 from ..utils.errors import UserError
 from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
@@ -44,7 +45,9 @@ class QwenImage21Family(QwenImageLatentsFamily):
         """Keep the timestep's frequencies in float32, as the model's files leave them. DeepSpeed and
         `pipeline.to(torch.bfloat16)` round them."""
         for module in denoiser.modules():
-            if isinstance(module, QwenImage21TemporalTimesteps):
+            if isinstance(module, QwenImage21TemporalTimesteps) and _exact_frequencies not in forward_pre_hooks(
+                module
+            ):
                 module.register_forward_pre_hook(_exact_frequencies)
 
     def check_image_size(self, height: int, width: int) -> None:

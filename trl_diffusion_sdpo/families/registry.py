@@ -91,7 +91,8 @@ def family_for_class_name(name: str) -> type[Family]:
 
 def find_family(pipeline: DiffusionPipeline) -> Family:
     """Return the family of a loaded pipeline, constructed with this pipeline. Raise `ValueError` if no family can train
-    the pipeline."""
+    the pipeline. Before you train its denoiser yourself, call the family's `prepare_denoiser(denoiser)`; unlike the
+    family's class, this function has already checked the pipeline."""
     family = family_for_class_name(type(pipeline).__name__)(pipeline)
     family.check_pipeline()
     return family

@@ -168,7 +168,7 @@ class LossSettings:
     safeguard_eps: float
     loss_kwargs: dict[str, float]
     timestep_weighting: TimestepWeighting
-    snr_gamma: float
+    snr_gamma: float | None
     loser_noise_range: tuple[float, float] | None
     loss_weights: Sequence[float] | None = None
     margin_clamp: float | None = None

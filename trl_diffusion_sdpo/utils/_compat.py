@@ -178,6 +178,37 @@ def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
+@contextlib.contextmanager
+def hooked(
+    module: torch.nn.Module,
+    before: Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]],
+    after: Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], Any],
+) -> Iterator[None]:
+    """Within the context, run a forward pre-hook and a forward hook with every call of a module.
+
+    PyTorch would compile registered hooks together with a module that was compiled in place (`module.compile()`), and
+    with `fullgraph=True` stop at the first hook that reads a value. The hooks then run around the compiled call.
+    """
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        with (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ):
+            yield
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(module, args, kwargs)
+        return after(module, args, kwargs, compiled(*args, **kwargs))
+
+    module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
+
+
 def start_method(args: TrainingArguments) -> str | None:
     """Return the start method of DataLoader workers. transformers 5.14 does not have this argument of
     `TrainingArguments`. Remove this function when no supported transformers lacks the argument."""

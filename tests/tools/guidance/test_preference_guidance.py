@@ -197,16 +197,26 @@ def test_a_second_model_is_the_reference_and_needs_no_lora(built):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("way", ["wrapped", "in place"])
-def test_compiled_denoisers(own, way):
+def test_a_compiled_denoiser_is_guided_outside_of_its_graphs(own, way):
     torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     with preference_guidance(own, 2.0):
         expected = draw(own, G)
+    plain = draw(own, G)
     if way == "wrapped":
-        own.unet = torch.compile(own.unet, backend="eager")
+        own.unet = torch.compile(own.unet, backend=backend, fullgraph=True)
     else:
-        own.unet.compile(backend="eager")
+        own.unet.compile(backend=backend, fullgraph=True)
     with preference_guidance(own, 2.0):
         torch.testing.assert_close(draw(own, G), expected, rtol=0, atol=1e-5)
+    assert len(graphs) == 2  # policy and reference
+    torch.testing.assert_close(draw(own, G), plain, rtol=0, atol=1e-5)
+    assert len(graphs) == 2
 
 
 def test_offloading_that_takes_its_hooks_off_after_every_call(own):

@@ -114,7 +114,7 @@ class Guide:
             return interpolate(reference, policy, self._scale)
         return shifted(policy, torch.cat([self._shift, self._shift]))
 
-    def shift_unconditional(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def shift_unconditional(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook for a separate network that makes the unconditional predictions: add the shift of the last
         conditional prediction to its output."""
         if self._shift is None:  # outside the interval

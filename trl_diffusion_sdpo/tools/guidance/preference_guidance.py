@@ -16,6 +16,7 @@ from torch import nn
 
 from ...families import Family
 from ...families.registry import family_for_class_name
+from ...utils._compat import hooked
 from ...utils.errors import UserError
 from .guide import Form, Guide, without_prompt_cache
 from .reference import reference_of
@@ -128,16 +129,15 @@ def preference_guidance(
         yield pipeline
         return
 
-    # Guide the denoiser until the context ends. Hooks work also if the denoiser is compiled or offloaded.
+    # Guide the denoiser until the context ends. This works also if the denoiser is compiled or offloaded.
     guide = Guide(family, refer, form, scale, interval)
     plain = unwrap_module(denoiser)
     with contextlib.ExitStack() as stack:
         _guided.add(plain)
         stack.callback(_guided.discard, plain)
-        stack.enter_context(denoiser.register_forward_pre_hook(without_prompt_cache, with_kwargs=True))
-        stack.enter_context(denoiser.register_forward_hook(guide, with_kwargs=True))
+        stack.enter_context(hooked(denoiser, without_prompt_cache, guide))
         if unconditional is not None:
-            stack.enter_context(unconditional.register_forward_hook(guide.shift_unconditional))
+            stack.enter_context(hooked(unconditional, without_prompt_cache, guide.shift_unconditional))
         yield pipeline
     if not guide.calls or guide.guided_calls:
         return

@@ -25,7 +25,7 @@ from ...data.transforms import INTERPOLATION
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import Family
 from ...families.inversion import Inversion, InversionSettings, inversion_of
-from ...families.noise import SNR_GAMMA, TimestepSampling
+from ...families.noise import TimestepSampling
 from ...losses import LOSSES, LossSpec, loss_weights_by_name
 from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
@@ -355,7 +355,7 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
         safeguard_granularity=args.safeguard_settings.granularity,
         safeguard_eps=args.safeguard_settings.eps,
         timestep_weighting=args.timestep_weighting,
-        snr_gamma=args.weighting_kwargs.get("snr_gamma", SNR_GAMMA),
+        snr_gamma=args.weighting_kwargs.get("snr_gamma"),
         loser_noise_range=None if levels is None else (levels[0], levels[1]),
         mask_anchor=args.mask_anchor,
     )
