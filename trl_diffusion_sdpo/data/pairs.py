@@ -1,4 +1,4 @@
-"""What map-style data sets and streams of prepared preference pairs have in common."""
+"""Common base of map-style data sets and streams of prepared preference pairs."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class Verdict:
 
     @property
     def advice(self) -> str:
-        """What to do next."""
+        """Advice on what to do next."""
         if self.measured is not None:
             return self.measured.advice
         return ADVICE["ruined" if self.training else "unknown"]

@@ -1,1 +1,1 @@
-"""What people use beside the trainer: scorers, evaluation, making pairs, guidance, planning, and the demo."""
+"""Tools beside the trainer: scorers, evaluation, making pairs, guidance, planning, and the demo."""

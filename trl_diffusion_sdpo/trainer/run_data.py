@@ -216,7 +216,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         use_scores=scores.needs_scores,
         needs_scores=reads_scores if scores.needs_scores else "",
         needs_masks=f"`mask_anchor={args.mask_anchor}`" if args.mask_anchor else "",
-        needs_all_rows=(*scores.needs_all_rows, *(name for name, is_set in precomputed.items() if is_set)),
+        needs_all_rows=(*scores.needs_all_rows, *(setting for setting, is_set in precomputed.items() if is_set)),
         score_reading=score_reading(args),
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
