@@ -69,7 +69,8 @@ def rarity_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tens
     of the loser. `sorts_by_scores` has no effect, because the weight stays the same if winner and loser are exchanged.
 
     Source: VideoDPO (https://huggingface.co/papers/2412.14167), `(c / sqrt(p_w p_l))^a` with the shares `p` of all
-    scores in a bin. Division by the mean ([`with_mean_one`]) removes `c`. `a` is 1, as in the published code.
+    scores in a bin, known to us from a summary. Division by the mean ([`with_mean_one`]) removes `c`. `a` is 1, as in
+    the published code.
     """
     bins = (scores[..., 0] / BIN).round()  # (P, 2); rounding keeps scores of two decimals off the edges of bins
     _, bin_of_score, counts = bins.unique(return_inverse=True, return_counts=True)
