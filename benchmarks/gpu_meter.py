@@ -1,10 +1,12 @@
-"""A trainer that measures the time of its steps and the memory of each part of a step, for `gpu_speed.py`."""
+"""What measures the time of steps and the memory of their parts, for `gpu_speed.py` and `real_run.py`."""
 
+import json
 import re
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,3 +178,29 @@ class Meter(TrainerCallback):
         self.seconds.append(now - self._ended)
         self.working.append(now - self._began)
         self._ended = now
+
+
+class SpeedLog(TrainerCallback):
+    """Appends the seconds of each step and the peak memory to a file, at the end of each call that trains the run."""
+
+    def __init__(self, memory: Memory, file: Path):
+        self.memory = memory
+        self.file = file
+        self.seconds: list[float] = []
+        memory.note("before the run")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.begin()
+        self._ended = self.memory.now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = self.memory.now()
+        self.seconds.append(now - self._ended)
+        self._ended = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.end()
+        line = {"device": self.memory.name, "seconds": self.seconds, "peaks_gib": self.memory.peaks}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
