@@ -31,9 +31,10 @@ def default_safeguard(
         return "none", f"No safeguard: the loss {args.loss_type!r} raises the winner's error on purpose."
     constants = [f"`{name}`" for name in OUTPUT_CONSTANTS if name in args.safeguard_kwargs]
     if constants:
+        listed = " and ".join(constants)
         return "output", (
-            "`safeguard` is 'output', not the default 'parameter', because only 'output' has "
-            f"{' and '.join(constants)} of `safeguard_kwargs`. Set `safeguard='output'` too, or leave the constants out."
+            f"`safeguard` is 'output', not the default 'parameter', because only 'output' has {listed} of "
+            "`safeguard_kwargs`. Set `safeguard='output'` too, or leave the constants out."
         )
     for reason, advice in parameter_obstacles(args, loss, denoiser):
         return "output", f"`safeguard` is 'output', not the default 'parameter', because {reason}. {advice}."
