@@ -27,15 +27,16 @@ from trl_diffusion_sdpo.cli import train
 from trl_diffusion_sdpo.cli.plan import planned_settings
 
 RESULTS = Path(__file__).parent / "results" / "planned_memory.json"
-LORA = "--use_peft --lora_r 16"
+OUTPUT = "--safeguard output"
+LORA = f"--use_peft --lora_r 16 {OUTPUT}"
 CHECKPOINTING = f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true"
 PARAMETER = "--per_device_train_batch_size 2 --safeguard parameter"
-ACCUMULATION = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+ACCUMULATION = f"{OUTPUT} --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
     "UNet, LoRA, checkpointing": ("unet", CHECKPOINTING),
-    "UNet, full": ("unet", "--per_device_train_batch_size 1"),
-    "UNet, full, average, 4 pairs": ("unet", "--per_device_train_batch_size 4 --ema_decay 0.99"),
+    "UNet, full": ("unet", f"{OUTPUT} --per_device_train_batch_size 1"),
+    "UNet, full, average, 4 pairs": ("unet", f"{OUTPUT} --per_device_train_batch_size 4 --ema_decay 0.99"),
     "UNet, full, parameter safeguard": ("unet", PARAMETER),
     "UNet, full, one branch at a time": ("unet", f'{PARAMETER} --safeguard_kwargs {{"low_memory":true}}'),
     "transformer, LoRA": ("transformer", f"{LORA} --per_device_train_batch_size 2"),

@@ -4,6 +4,9 @@ none.
 The trainer's steps are measured from the batch to the optimizer, on a UNet with random weights. Each round has one
 step per mode in random order, so that other load on the machine affects all modes equally. The result of a mode is the
 median over rounds of its time divided by that of the same round's step without a safeguard.
+
+    python benchmarks/safeguard_overhead.py --reference --output benchmarks/results/safeguard_overhead.json
+    python benchmarks/safeguard_overhead.py --write_table     # that file's table, into docs/safeguard.md
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from doc_tables import write_table
 from peft import LoraConfig
 from random_pipeline import UNETS, build_pipeline, random_pairs
 from tqdm.auto import tqdm
@@ -28,6 +32,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.models.reference import FrozenReference
+from trl_diffusion_sdpo.trainer.config.complete import loss_settings
 
 MODES: dict[str, dict[str, Any]] = {
     "none": {"safeguard": "none"},
@@ -40,6 +45,15 @@ MODES: dict[str, dict[str, Any]] = {
     "parameter, error anchor": {"safeguard": "parameter", "safeguard_kwargs": {"anchor": "error"}},
 }
 PLAIN = "none"
+RESULTS = Path(__file__).parent / "results" / "safeguard_overhead.json"
+# Mode -> its words in the table of docs/safeguard.md.
+WORDS = {
+    "none": "none",
+    "output": "output space",
+    "parameter": "parameter space, the default",
+    "parameter, low memory": "parameter space, `low_memory: true`",
+    "parameter, error anchor": "parameter space, `anchor: error`",
+}
 UNSET: dict[str, Any] = {"safeguard_kwargs": {}}
 # Target of the time ratio, with a reference and 4 pairs.
 TARGETS = {
@@ -102,6 +116,7 @@ class Meter(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
             setattr(self.trainer.args, name, value)
+        self.trainer.pair_forward.loss_settings = loss_settings(self.trainer.args)
         self.trainer._parameter_safeguard = self.trainer._make_parameter_safeguard()  # for this step's mode
         if args.device.type == "cuda":
             torch.cuda.synchronize()
@@ -240,6 +255,24 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def docs_table(report: dict[str, Any]) -> str:
+    """Return the table of docs/safeguard.md: for each mode, time and memory of a step relative to the plain step."""
+    rows = {(row["tuning"], row["mode"]): row for row in report["rows"] if row["reference"]}
+    lines = [
+        "| Safeguard | LoRA: time | LoRA: memory | All weights: time | All weights: memory |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, words in WORDS.items():
+        cells = [words]
+        for tuning in ("lora", "full"):
+            row = rows[tuning, mode]
+            low, high = row["spread"]
+            cells.append("1" if mode == PLAIN else f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{row['peak_bytes'] / rows[tuning, PLAIN]['peak_bytes']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     cuda = options.device == "cuda"
     return {
@@ -276,7 +309,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("bench_output/safeguard_overhead.json"), help="file for all numbers"
     )
+    parser.add_argument("--write_table", action="store_true", help="measure nothing; write the table of the docs")
     options = parser.parse_args(arguments)
+    if options.write_table:
+        write_table("safeguard.md", "overhead", docs_table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        return 0
     torch.set_num_threads(options.threads)
     tunings = ["lora", "full"] if options.tuning == "both" else [options.tuning]
     references = [True, False] if options.reference is None else [options.reference]

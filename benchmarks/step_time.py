@@ -189,6 +189,7 @@ def arguments_of(
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
         beta=BETA,
+        safeguard="output",  # the rule of the authors' step
         safeguard_mu=MU,
         use_cpu=options.device == "cpu",
         bf16=False,

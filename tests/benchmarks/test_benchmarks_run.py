@@ -1,6 +1,7 @@
 """The benchmarks run in their smallest form and write their files. Their numbers mean nothing at this size: the tests
 check that all modes are measured."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -152,3 +153,10 @@ def test_the_coverage_of_every_case_is_measured(tmp_path):
     measured = json.loads((tmp_path / "a.json").read_text())["measured"]
     assert len(measured) == 3 * 6 * 5 and all(0.5 <= row["coverage"] <= 1 for row in measured)
     assert all(f"| {kind}, true win rate |" in shown for kind in ("one seed", "one seed, ties", "four seeds"))
+
+
+def test_the_table_of_costs_is_that_of_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    overhead = importlib.import_module("safeguard_overhead")
+    report = json.loads(overhead.RESULTS.read_text(encoding="utf-8"))
+    assert overhead.docs_table(report) in (ROOT / "docs" / "safeguard.md").read_text(encoding="utf-8")

@@ -22,8 +22,8 @@ SCRIPT = textwrap.dedent(
         world = int(os.environ.get("WORLD_SIZE", "1"))
         args = DiffusionSDPOConfig(
             output, max_steps=4, per_device_train_batch_size=8 // world, optim="sgd", learning_rate=1e-5, beta=100.0,
-            safeguard_kwargs={"granularity": "pair"}, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, random_crop=True, verify_images="all",
+            safeguard="output", safeguard_kwargs={"granularity": "pair"}, logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, random_crop=True, verify_images="all",
         )
         pairs = datasets.load_from_disk(data)
         if tuning == "lora":  # as a stream of one shard, of which each process decodes its part

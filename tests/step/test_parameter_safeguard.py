@@ -83,6 +83,40 @@ def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, 
     assert_same_step(move, -1e-2 * (winner - scale * loser))
 
 
+def test_the_lambda_of_the_output_rule_is_logged_from_the_residuals_of_the_step(make_trainer, sd_folder):
+    trainer = make_trainer(moved(sd_folder), sd_folder, **PARAMETER, max_steps=1)
+    squares, dot = 0.0, 0.0
+    for batch in batches_of(trainer):
+        with torch.no_grad():
+            found = trainer.pair_forward.predict_pairs(trainer.model.train(), batch)
+        winner, loser = (found.policy - found.batch.target).double().chunk(2)
+        squares += float((winner * winner).sum())
+        dot += float((winner * loser).sum())
+    expected = min(1.0, (1 - 0.3) * squares / dot)
+    assert 0 < expected < 1  # otherwise the test would not see lambda
+    assert trained_step(trainer)[0]["safeguard/scale_output"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("settings", [{}, CALIBRATED, {"loser_noise_range": [0.3, 1.0]}])
+def test_it_is_the_lambda_with_which_the_output_rule_would_have_stepped(make_trainer, sd_folder, settings, masked):
+    masks = torch.zeros(8, 1, 16, 16)
+    masks[:4, :, 4:] = 1
+    masks[4:, :, :, 8:] = 1
+
+    def first_log(safeguard):
+        given = {**PARAMETER, **settings, "safeguard": safeguard, "max_steps": 1}
+        trainer = make_trainer(moved(sd_folder), sd_folder, **given)
+        collate = trainer.data_collator
+        extra = {"pair_weights": WEIGHTS.float()} | ({"masks": masks} if masked else {})
+        trainer.data_collator = lambda items: {**collate(items), **extra}
+        return trained_step(trainer)[0]
+
+    expected = first_log("output")["safeguard/scale"]
+    assert 0 < expected < 1
+    assert first_log("parameter")["safeguard/scale_output"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_past_its_target_dmpo_opposes_its_winner_and_lambda_is_zero(make_trainer, make_pairs, sd_folder):
     # A large alpha puts the target at a logit of 0.85, which this policy has passed for most of the pairs.
     trainer = make_trainer(

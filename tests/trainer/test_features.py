@@ -20,6 +20,7 @@ def test_every_step_logs_the_metrics_by_their_names(make_trainer):
         *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
         *("errors/winner", "errors/loser", "errors/winner_change", "errors/loser_change"),
         *("safeguard/scale", "safeguard/active", "safeguard/cosine"),
+        *("safeguard/scale_output", "safeguard/opposed", "safeguard/skipped"),
     }
 
 

@@ -29,7 +29,7 @@ def image(value=0, size=(16, 16)):
         ({"label_smoothing_factor": 0.1}, "`loss_type='robust'`"),
         ({"bf16_full_eval": True}, "`bf16_full_eval=True`"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "`use_reentrant=True`"),
-        ({"loss_type": "apo_down"}, "`safeguard='output'`.*`safeguard='none'`"),
+        ({"loss_type": "apo_down", "safeguard": "output"}, "`safeguard='output'`.*`safeguard='none'`"),
         ({"loss_type": "apo_down", "safeguard": "parameter"}, "apo_down"),
         ({"beta": "high"}, "`beta`.*'high'"),
         ({"loser_noise_range": ["low", 1]}, "`loser_noise_range`.*'low'"),
@@ -202,8 +202,8 @@ def test_a_loss_that_reads_scores_needs_the_columns(make_trainer, make_pairs):
 def test_the_users_arguments_stay_as_they_were(sd_folder, make_args, make_pairs):
     args = make_args(learning_rate=None)
     trainer = DiffusionSDPOTrainer(sd_folder, None, args, make_pairs())
-    assert args.beta is None and args.learning_rate is None and args.resolution is None
-    assert (trainer.args.beta, trainer.args.safeguard_mu, trainer.args.resolution) == (5000.0, 0.9, [16, 16])
+    assert args.beta is None and args.safeguard is None and args.learning_rate is None and args.resolution is None
+    assert (trainer.args.beta, trainer.args.safeguard, trainer.args.resolution) == (5000.0, "parameter", [16, 16])
     assert trainer.args.learning_rate == 2e-6
 
 

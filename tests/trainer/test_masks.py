@@ -123,7 +123,7 @@ def test_a_mask_of_ones_changes_nothing_to_the_bit(make_trainer):
     plain = [{name: value for name, value in row.items() if name != "mask"} for row in rows]
     found = []
     for train in (rows, plain):
-        trainer = make_trainer(train=train, beta=50.0)
+        trainer = make_trainer(train=train, beta=50.0, safeguard="output")
         found.append(step_of(trainer, next(iter(trainer.get_train_dataloader()))))
     (masked_loss, masked, masked_gradient), (loss, outputs, gradient) = found
     assert torch.equal(masked_loss, loss) and torch.equal(masked_gradient, gradient)
@@ -133,7 +133,9 @@ def test_a_mask_of_ones_changes_nothing_to_the_bit(make_trainer):
 def test_losses_and_scale_count_the_region_only(make_trainer):
     corner = np.zeros((16, 24), dtype=np.uint8)
     corner[:8, :8] = 255
-    trainer = make_trainer(train=masked_rows(mask=Image.fromarray(corner)), beta=50.0, random_crop=False)
+    trainer = make_trainer(
+        train=masked_rows(mask=Image.fromarray(corner)), beta=50.0, safeguard="output", random_crop=False
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     predictions = trainer.pair_forward.predict_pairs(trainer.model, dict(batch))
     outputs = trainer.pair_forward.loss(predictions)

@@ -62,7 +62,7 @@ def test_a_step_is_the_papers_step(make_trainer, make_pairs, sd_folder, two_prom
     if two_prompts:
         pairs = pairs.rename_column("prompt", "chosen_prompt")
         pairs = pairs.add_column("rejected_prompt", [f"another text {row}" for row in range(len(pairs))])
-    trainer = make_trainer(ref_model=reference, train=pairs, beta=BETA, safeguard_mu=MU)
+    trainer = make_trainer(ref_model=reference, train=pairs, beta=BETA, safeguard="output", safeguard_mu=MU)
     batch = next(iter(trainer.get_train_dataloader()))
     rows = batch["rows"].tolist()
     prompts = (

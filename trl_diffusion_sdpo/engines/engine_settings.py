@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..utils.errors import UserError
+from .gradient_backends import REPLICATED
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
@@ -38,6 +39,31 @@ def asked_engine(args: TrainingArguments) -> str | None:
 def shards_weights(args: TrainingArguments) -> bool:
     """Return whether ZeRO-3 or FSDP (which shard the weights themselves) will train."""
     return by_engine(args) and (args.deepspeed_plugin is None or args.deepspeed_plugin.zero_stage == 3)
+
+
+def branch_gradient_obstacles(args: TrainingArguments) -> Iterator[tuple[str, str]]:
+    """Yield each setting of the engine under which [`gradient_backend`] would refuse to compute the winners' and the
+    losers' gradients separately: a reason, and how to change it, as two sentences without a full stop."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None:
+        config = plugin.hf_ds_config
+        stage = plugin.zero_stage
+        if stage not in (1, 2, 3):
+            yield f"DeepSpeed's ZeRO stage is {stage}", "Set `zero_stage` to 1, 2 or 3"
+        if config.get_value("zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
+            yield "DeepSpeed keeps the optimizer on the CPU", "Set `offload_optimizer_device: none`"
+        sums_in_float32 = config.get_value("data_types.grad_accum_dtype") == "fp32"
+        if stage == 1 and sums_in_float32 and config.get_value("bf16.enabled") is True:
+            yield "ZeRO-1 with bf16 and `grad_accum_dtype: fp32` has another optimizer", "Leave `grad_accum_dtype` out"
+        if stage in (1, 2) and "muon" in str(config.get_value("optimizer.type")).lower():
+            yield f"Muon under ZeRO-{stage} changes each gradient during its backward pass", "Use ZeRO-3"
+    elif asked_engine(args) == "FSDP":
+        launched = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        if launched or (args.fsdp_plugin_args or {}).get("cpu_offload"):
+            yield "FSDP keeps weights and gradients on the CPU", "Leave `offload_params` off"
+    elif args.distributed_state is not None and args.distributed_state.distributed_type.value not in REPLICATED:
+        kind = args.distributed_state.distributed_type.value
+        yield f"it does not run on {kind}", "Train on one device, or with DDP, FSDP2 or DeepSpeed ZeRO"
 
 
 def check_deepspeed_precision(args: TrainingArguments) -> None:

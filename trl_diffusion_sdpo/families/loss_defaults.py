@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 FALLBACK = "default"  # key of the settings for all losses without an entry in a table
+# `safeguard_mu` for every loss with `safeguard="parameter"`, for which no number is published. In
+# docs/measurements.md, section "The safeguard", parameter space with 0.8 kept the winners' error low under harsh
+# settings. Under gentle settings (a large beta, a small learning rate), 0.8 was stricter than necessary and cost score.
+PARAMETER_MU = 0.8
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,8 @@ class LossDefaults:
 
     Attributes:
         beta (`float`): Strength of the pull towards the reference. As in Diffusion-DPO, the loss contains `beta / 2`.
-        safeguard_mu (`float`): Strictness of the safeguard, in `[0, 1]`.
+        safeguard_mu (`float`): Strictness of the safeguard in output space, in `[0, 1]`. In parameter space, the
+            default is [`PARAMETER_MU`].
         beta_lora (`float`, *optional*): `beta` for LoRA training, if it differs from `beta` for full training.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..losses import order_by_scores, winner_error_gradient, within
+from ..losses import order_by_scores, output_scale, winner_error_gradient, within
 from ..utils.errors import UserError
 from .branch_gradients import ANCHOR, LOSER, OUTSIDE, WINNER, BranchGradients
 from .meters import MetricMeter
@@ -113,6 +113,8 @@ class ParameterSafeguard:
         anchored = branches.predictions.anchored
         leaves = [leaf] if anchored is None else [leaf, anchored]
         at_leaf, *outside = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        scale = self._output_scale(branches.predictions, at_leaf)
+        self._meter.add({"safeguard/scale_output": scale}, len(leaf) // 2)
         grad_winner, grad_loser = at_leaf.chunk(2)
         winner_grads = {WINNER: grad_winner}
         loser_grads = {LOSER: -grad_loser}
@@ -125,6 +127,28 @@ class ParameterSafeguard:
         # To save memory, free the winners' graph before the losers' next pass (backward, or forward with `low_memory`).
         self._backward(branches.model, branches.winners, winner_grads, share)
         self._backward(branches.model, branches.losers, loser_grads, share)
+
+    def _output_scale(self, predictions: PairPredictions, at_leaf: torch.Tensor) -> torch.Tensor:
+        """Return the lambda that `safeguard="output"` would compute for these predictions, a detached scalar. It is
+        only logged. `at_leaf` `(2B, ...)` is the gradient of the loss at the predictions."""
+        batch = predictions.batch
+        policy = predictions.policy.detach()
+        if self._forward.loss_settings.spec.uses_residuals("batch"):
+            residuals = batch.residual(policy)
+            gradients = None
+        else:  # `at_leaf` has the factors of the masks already, so the residuals must not have them
+            residuals = policy.float() - batch.target.float()
+            grad_winner, grad_loser = at_leaf.chunk(2)
+            gradients = (grad_winner, grad_loser)
+        winners, losers = residuals.chunk(2)
+        return output_scale(
+            winners,
+            losers,
+            branch_gradients=gradients,
+            mu=self.gradients.mu,
+            loser_weights=self._forward.loser_weights(batch.noise_levels.chunk(2)[0]),
+            pair_weights=predictions.pair_weights,
+        )
 
     def _backward(self, model: nn.Module, branch: _Branch, grads: dict[str, torch.Tensor], share: float) -> None:
         """Run one backward pass from each gradient at the predictions of `branch`, and free their graph."""

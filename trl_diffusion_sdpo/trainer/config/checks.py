@@ -27,6 +27,7 @@ from ...utils.errors import UserError
 from ...utils.hints import did_you_mean
 from .all_arguments import Setting, settings_of
 from .declaring import Choices, Range, check_kwargs, from_kwargs
+from .default_safeguard import default_safeguard, setting_obstacles
 
 if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -67,7 +68,7 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
     safeguard = args.safeguard_settings
-    check_safeguard(args.safeguard, mu, safeguard.granularity, safeguard.eps, loss, args.loss_type)
+    check_safeguard(args.safeguard or "none", mu, safeguard.granularity, safeguard.eps, loss, args.loss_type)
     from_kwargs(WeightingConstants, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
     if args.weighting_scheme is not None or args.timesteps is not None:  # else the model's family sets the scheme
         check_weighting_kwargs(args)
@@ -176,17 +177,10 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
                 f"`safeguard='parameter'` needs a loss that trains losers, got {args.loss_type!r}. Use "
                 "`safeguard='none'`: without losers, the result is the same and costs less."
             )
-    if args.safeguard == "parameter" and args.ddp_static_graph:
+    for reason, advice in setting_obstacles(args) if args.safeguard == "parameter" else ():
         yield (
-            "`safeguard='parameter'` runs one backward pass for winners and one for losers, so `ddp_static_graph` "
-            "must be off. Got `ddp_static_graph=True`. Leave `ddp_static_graph` out."
-        )
-    optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
-    if args.safeguard == "parameter" and ("lomo" in optimizer or "layerwise" in optimizer):
-        yield (
-            "`safeguard='parameter'` needs an optimizer that updates weights after the backward passes of winners and "
-            f"losers. Got {optimizer!r}, which updates them during a backward pass. Use another optimizer, or "
-            "`safeguard='output'`."
+            "`safeguard='parameter'` runs one backward pass for winners and one for losers before weights change, but "
+            f"{reason}. {advice}, or use `safeguard='output'`."
         )
     if args.sync_ref_model and not loss.needs_reference:
         yield (
@@ -311,7 +305,8 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     for name, weight in loss_weights_by_name(args.loss_type, args.loss_weights).items():
         if not weight:
             yield f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0."
-    safeguard = args.safeguard if loss.uses_loser else "none"
+    safeguard = args.safeguard or default_safeguard(args, loss)[0]
+    safeguard = safeguard if loss.uses_loser else "none"
     constants = args.safeguard_settings
     if safeguard != "output" and (constants.granularity != "batch" or constants.eps):
         yield (

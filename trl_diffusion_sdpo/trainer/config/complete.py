@@ -23,7 +23,7 @@ from ...data.buckets import AspectRatioBuckets
 from ...data.images import ImageReader, UndecodableImageError, UnreadableImageError
 from ...data.transforms import INTERPOLATION
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
-from ...families import Family
+from ...families import PARAMETER_MU, Family
 from ...families.inversion import Inversion, InversionSettings, inversion_of
 from ...families.noise import TimestepSampling
 from ...losses import LOSSES, LossSpec, loss_weights_by_name
@@ -35,6 +35,7 @@ from ...utils.errors import UserError
 from .all_arguments import settled_resolution
 from .checks import check_weighting_kwargs
 from .declaring import from_kwargs
+from .default_safeguard import default_safeguard, has_dropout
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def check_and_complete(
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
     """Raise `ValueError` if a denoiser has active dropout. `what` names the setting under which the denoiser predicts
     the same images twice, for the error message."""
-    if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
+    if has_dropout(denoiser):
         raise UserError(
             f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
             "random. Set `disable_dropout=True`, or leave the setting out."
@@ -179,10 +180,14 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
 def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
     """Set unset settings in `args` to the defaults of the model family and the loss, and log these defaults."""
     mu, beta = loss_defaults(args, family, full=full)
+    safeguard, reason = default_safeguard(args, args.loss_spec, family.denoiser)
+    if args.safeguard is None and reason and args.should_log:
+        logger.log(logging.WARNING if safeguard == "output" else logging.INFO, reason)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
         "beta": beta,
-        "safeguard_mu": mu,
+        "safeguard": safeguard,
+        "safeguard_mu": PARAMETER_MU if (args.safeguard or safeguard) == "parameter" else mu,
         "resolution": settled_resolution(family.default_resolution),
         "weighting_scheme": family.weighting_scheme if args.timesteps is None else None,
         "guidance_scale": family.guidance_scale,
@@ -197,8 +202,8 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> N
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
-    """Return the defaults of `safeguard_mu` and `beta` for the model family and the loss in `args`. Warn if `args.beta`
-    is far from its default.
+    """Return the defaults of `safeguard_mu` (in output space) and `beta` for the model family and the loss in `args`.
+    Warn if `args.beta` is far from its default.
 
     For a sum of losses, `safeguard_mu` is the largest default among the losses that use the loser, and `beta` is the
     default that all losses share. The returned `beta` is `None` if the loss has no `beta`, or if `args.beta` is set.
@@ -341,8 +346,8 @@ def _share_without_noise(
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
-    """Return the settings of the loss. `complete_args` must have set `safeguard_mu`."""
-    assert args.safeguard_mu is not None, "`complete_args` sets `safeguard_mu`."
+    """Return the settings of the loss. `complete_args` must have set `safeguard` and `safeguard_mu`."""
+    assert args.safeguard is not None and args.safeguard_mu is not None, "`complete_args` sets both."
     levels = args.loser_noise_range
     return LossSettings(
         loss_type=args.loss_type,

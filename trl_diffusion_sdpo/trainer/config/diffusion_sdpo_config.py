@@ -44,7 +44,7 @@ class DiffusionSDPOConfig(AllArguments):
     from trl_diffusion_sdpo import DiffusionSDPOConfig
 
     args = DiffusionSDPOConfig(output_dir="sd15-sdpo", max_steps=2000, per_device_train_batch_size=4)
-    args.safeguard  # "output"
+    args.safeguard  # None: the trainer sets "parameter" if the loss and the engine allow it
     args.beta  # None: the trainer sets the default of the model's family and the loss
     ```
 

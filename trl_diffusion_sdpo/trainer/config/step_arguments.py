@@ -98,15 +98,18 @@ class LossArguments:
             Strength of the tie to the reference. Raise `beta` to stay closer to the reference. The logit of a pair is
             `-(beta / 2)` times the margin, which is the winner's change of mean squared error against the reference
             minus the loser's change. If unset, the default of the loss and the model's family is used.
-        safeguard (`str`, *optional*, defaults to `"output"`):
+        safeguard (`str`, *optional*):
             How the safeguard computes lambda, the factor of the loser's gradient that keeps the winner's error from
-            rising, to first order. `"output"` computes lambda from the residuals (prediction minus target), at no extra
-            cost. `"parameter"` computes one lambda per optimizer step from the gradients of the weights, with one
-            backward pass for winners and one for losers. `"none"` turns the safeguard off, which `apo_down` needs.
+            rising, to first order. `"parameter"` computes one lambda per optimizer step from the gradients of the
+            weights, with one backward pass for winners and one for losers. `"output"` is the published rule. It
+            computes lambda from the residuals (prediction minus target), at no extra cost. `"none"` turns the safeguard
+            off. If unset, it is `"parameter"`; it is `"output"` if the engine, the optimizer or `safeguard_kwargs` do
+            not allow `"parameter"`, and `"none"` for `apo_down` and losses without losers. The trainer logs its choice.
         safeguard_mu (`float`, *optional*):
             Strictness of the safeguard, in `[0, 1]`: the share of the first-order decrease of the winner's error that
-            losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
-            the model's family is used.
+            losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, it is 0.8 with
+            `safeguard="parameter"`, and otherwise the published value, or the default of the loss and the model's
+            family where none is published.
         safeguard_kwargs (`dict` or `str`, *optional*):
             Constants of the safeguard by name, in YAML or as JSON. With `safeguard="output"`, there are `granularity`
             and `eps`. `granularity` says which pairs share a lambda. `"batch"` (the default, as published): the pairs
@@ -142,7 +145,7 @@ class LossArguments:
     loss_weights: Annotated[list[float] | None, RESUME] = None
     margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for no limit."), RESUME] = None
     beta: Annotated[float | None, RESUME] = None
-    safeguard: Annotated[Safeguard, RESUME] = "output"
+    safeguard: Annotated[Safeguard | None, RESUME] = None
     safeguard_mu: Annotated[float | None, RESUME] = None
     safeguard_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 to leave the term out."), RESUME] = 0.0
