@@ -78,7 +78,7 @@ def test_an_error_rose_or_fell_from_two_standard_errors_on(result):
     rose, fell, unclear = error_sentences(result)
     assert " rose:" in rose and "Diffusion-DPO (+772" in rose and "as published (+39.5" in rose
     assert " fell:" in fell and "recipe (-4.0 ± 1.5 %" in fell
-    assert "SFT (-1.0 ± 2.0 %; worst noise bin +8.0 %)" in unclear
+    assert "SFT (-1.0 ± 2.0 %; worst bin +8.0 %)" in unclear
 
 
 def test_everything_is_written_and_the_results_are_read_again_without_loss(result, tmp_path):

@@ -71,7 +71,6 @@ def draw_scores(result: DemoResult) -> "Figure":
         text = f"{model.label} {percent(curves.winner_change[-1])} %".replace(" as ", "\nas ")
         end = curves.steps[-1], curves.winner_change[-1]
         errors.annotate(text, end, (6, 11 if rank else -25), color=STYLES[model.key][0], ha="right", **_TEXT)
-    errors.set_ylim(top=3000)
 
     base = result.models[BASE.key].best.mean
     shown = [model for key, model in result.models.items() if key != BASE.key]
@@ -165,7 +164,7 @@ def _plot_changes(panel: "Axes", result: DemoResult, name: str, **style: Any) ->
     ticks = [-10, 0, 10, 100, 1000]
     panel.set_yticks(ticks, [f"{tick:+,} %" if tick else "0 %" for tick in ticks])
     panel.minorticks_off()
-    panel.set_ylim(bottom=-12)
+    panel.set_ylim(-12, 3000)
 
 
 def _trained(result: DemoResult) -> list[tuple[ModelResult, Curves]]:
@@ -202,7 +201,9 @@ def table(result: DemoResult) -> str:
         "",
         *(f"- {sentence}" for sentence in score_sentences(result)),
         "",
-        *error_sentences(result),
+        "What became of the error on preferred images, over all noise levels and in the worst of eight bins:",
+        "",
+        *(f"- {sentence}" for sentence in error_sentences(result)),
         "",
         f"Each method trained all weights of the UNet for {settings['max_steps']} steps of "
         f"{settings['per_device_train_batch_size']} pairs, on {result.train_pairs} off-policy pairs, with seed "
@@ -257,7 +258,7 @@ def error_sentences(result: DemoResult) -> list[str]:
     for model, curves in _trained(result):
         clear = abs(curves.winner_change[-1]) > 2 * curves.winner_stderr[-1]
         word = ("rose" if curves.winner_change[-1] > 0 else "fell") if clear else "did not clearly change"
-        changes[word].append(f"{model.label} ({_winners(model)}; worst noise bin {percent(curves.worst_bin)} %)")
+        changes[word].append(f"{model.label} ({_winners(model)}; worst bin {percent(curves.worst_bin)} %)")
     return [f"The winners' error {word}: {', '.join(of)}." for word, of in changes.items() if of]
 
 
