@@ -1,8 +1,8 @@
 """The kinds of pairs that the studies train on. A plan or a row names one as its `pairs`.
 
-`off_policy` pairs are the demo's. The winners of all aligned kinds (`blurred`, `partial`, `local`) are those of the
-off-policy pairs. Each loser is made from its winner. `corner` and `strange_corner` pairs differ in one
-corner only, for the study of masks.
+`off_policy` pairs are the demo's. `on_policy` pairs are two images of the base model, ranked by the oracle. The winners
+of the aligned kinds (`blurred`, `partial`, `local`) are those of the off-policy pairs, and each loser is made from its
+winner. `corner` and `strange_corner` pairs differ in one corner only, for the study of masks.
 """
 
 import io
@@ -16,13 +16,17 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
+from trl_diffusion_sdpo.tools.demo.oracle import oracle_score
 from trl_diffusion_sdpo.tools.demo.pairs import off_policy_pairs
+from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images
 from trl_diffusion_sdpo.tools.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, captions, imperfect_render
 
 BLUR = 2.0  # standard deviation in pixels
 STRENGTH = 0.6  # share of the sampler's steps by which a loser is re-noised
 STEPS = 20
 GUIDANCE = 3.0
+MARGIN = 0.05  # on-policy pairs are dropped if the scores of the two images differ by at most this much
+ON_POLICY_SEED = 500_000
 BOX = (12, 20)  # sides of a restored region in pixels
 CORNER = slice(IMAGE_SIZE - 8, IMAGE_SIZE)
 CORNER_COLOUR = np.rint(255 * np.array(COLOURS["red"])).astype(np.uint8)
@@ -32,6 +36,8 @@ def pairs_of_kind(kind: str, pipeline: StableDiffusionPipeline, seed: int, per_p
     """Return pairs of a kind, with a `mask` column if they differ in a region."""
     if kind == "off_policy":
         return off_policy_pairs(seed, per_prompt)
+    if kind == "on_policy":
+        return _on_policy_pairs(pipeline, seed, per_prompt)
     generator = np.random.default_rng([3, seed])
     if kind in ("corner", "strange_corner"):
         return _corner_pairs(generator, per_prompt, strange=kind == "strange_corner")
@@ -53,6 +59,22 @@ def pairs_of_kind(kind: str, pipeline: StableDiffusionPipeline, seed: int, per_p
                 mask[top : top + height, left : left + width] = True
         rejected = _restored(pipeline, prompts, chosen, masks, seed)
     return _dataset(prompts, chosen, rejected, masks if kind == "local" else None)
+
+
+@torch.no_grad()
+def _on_policy_pairs(pipeline: StableDiffusionPipeline, seed: int, per_prompt: int) -> Dataset:
+    """Return pairs of two images that the model generates for a prompt. The oracle decides which one is chosen."""
+    prompts = [caption.text for caption in captions() for _ in range(per_prompt)]
+    latents = torch.randn(
+        2, len(prompts), *LATENT_SHAPE, generator=torch.Generator().manual_seed(ON_POLICY_SEED + seed)
+    )
+    pairs = [generate_images(pipeline, prompts, noise, guidance_scale=GUIDANCE) for noise in latents]
+    scores = np.stack([oracle_score(images, prompts) for images in pairs])
+    clear = np.abs(scores[0] - scores[1]) > MARGIN
+    first = (scores[0] > scores[1])[:, None, None, None]
+    chosen = np.where(first, *pairs)[clear]
+    rejected = np.where(first, *pairs[::-1])[clear]
+    return _dataset([prompt for prompt, shown in zip(prompts, clear, strict=True) if shown], chosen, rejected, None)
 
 
 def _corner_pairs(generator: np.random.Generator, per_prompt: int, *, strange: bool) -> Dataset:

@@ -1,23 +1,25 @@
 """Train the rows of a plan on the embedded world, measure them all the same way, and print a table.
 
-A plan is a YAML file beside this script. Each of its rows is trained once for each seed from the demo's base model, or
+A plan is a YAML file beside this script. Each of its rows is trained once for each seed from the world's base model, or
 samples the weights of another row with preference guidance. Measured are the oracle's score of generated images, their
 diversity and Frechet distance from the world's drawings, without classifier-free guidance and at the best scale, and
-the change of the errors on held-out pairs. The best scale is chosen on one half of the prompts; all numbers are of the
-other half. Finished rows are kept in a JSON-lines file, so a second call makes the missing ones only.
+the change of the errors on held-out pairs, off-policy ones and those of the row's own kind. The best scale is chosen on
+one half of the prompts; all numbers are of the other half. Finished rows are kept in results/PLAN.jsonl, and trained
+weights in bench_output, so a second call makes the missing rows only.
 
-    python benchmarks/studies/study.py methods
-    python benchmarks/studies/study.py methods --rows base sigmoid --seeds 8
-    python benchmarks/studies/study.py methods --report
+    python benchmarks/studies/study.py rules
+    python benchmarks/studies/study.py rules --rows base "off_policy, DPO" --seeds 0
+    python benchmarks/studies/study.py rules --report
 """
 
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import logging
-import re
 import statistics
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -38,30 +40,36 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, preference_guidance
+from trl_diffusion_sdpo.tools.demo import pipeline as small_unet
 from trl_diffusion_sdpo.tools.demo.oracle import oracle
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
-from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
 from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE, captions
 from trl_diffusion_sdpo.tools.guidance.guide import Form
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))  # the benchmarks, which share `constant_lambda`
 BASE = "base"  # the row that is not trained
 # Offsets of the seed, so that held-out pairs and initial noise differ from those of training.
 HELD_OUT_SEED = 30_000
 HELD_OUT_COPIES = 3  # draws of noise and timestep for each held-out pair
 IMAGE_SEEDS = {"selection": 90_000, "final": 100_000}
-# What a row may have beside fields of `DiffusionSDPOConfig`.
-ROW_KEYS = ("of", "guidance", "reference", "weights_scale", "lora_rank", "averaged", "pairs", "masked")
-OWN_PAIRS = 216  # held-out pairs of a row's own kind, at most
+# What a row may have beside fields of `DiffusionSDPOConfig`: first what its training depends on.
+TRAINING_KEYS = ("lora_rank", "pairs", "masked", "constant_lambda")
+SAMPLING_KEYS = ("of", "guidance", "reference", "weights_scale", "averaged")
+OWN_PER_PROMPT = 4  # held-out pairs of a row's own kind for each prompt
 
 
 def load_plan(name: str) -> dict[str, Any]:
-    """Read a plan by its name or path."""
+    """Read a plan by its name or path. With `kinds`, each row is made once for each kind of pairs."""
     file = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     if not file.is_file():
         names = ", ".join(sorted(path.stem for path in HERE.glob("*.yaml")))
         raise ValueError(f"There is no plan {name!r}. The plans are {names}.")
     plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if "kinds" in plan:
+        rows = plan["rows"].items()
+        named = {f"{kind}, {row}": {"pairs": kind, **settings} for kind in plan["kinds"] for row, settings in rows}
+        plan["rows"] = {BASE: {}, **named, **plan.get("more_rows", {})}
     for row, settings in plan["rows"].items():
         for key in ("of", "reference"):
             if settings.get(key, BASE) not in (*plan["rows"], BASE):
@@ -78,6 +86,11 @@ class Study:
     def __init__(self, plan: dict[str, Any], weights: Path):
         self.plan = plan
         self.weights = weights
+        self.model = small_unet
+        if plan.get("model", "unet") == "transformer":
+            import small_transformer
+
+            self.model = small_transformer
         texts = [caption.text for caption in captions()]
         shown = slice(None, plan.get("prompts"))
         self.prompts = {"selection": texts[::2][shown], "final": texts[1::2][shown]}
@@ -86,67 +99,80 @@ class Study:
         """Train a row if it must be trained, and return its measurements."""
         settings = self.plan["rows"][name]
         source = settings.get("of", name)
-        pipeline = load_base_pipeline()
+        pipeline = self.load_base()
         if source != BASE:
             kind = "averaged" if settings.get("averaged") else "trained"
             tuned = self.trained(source, seed, kind)
             scale = settings.get("weights_scale", 1.0)
-            base = pipeline.unet.state_dict()
-            pipeline.unet.load_state_dict({key: torch.lerp(base[key], tuned[key], scale) for key in base})
+            base = denoiser_of(pipeline).state_dict()
+            denoiser_of(pipeline).load_state_dict({key: torch.lerp(base[key], tuned[key], scale) for key in base})
         context = self.guidance(settings, seed)
-        best = self.scales[0]
-        if len(self.scales) > 1:
-            scores = {
-                scale: self.images(pipeline, "selection", seed, scale, context)["score"] for scale in self.scales
-            }
-            best = max(scores, key=scores.__getitem__)
-        measured = {
+        scores = {scale: self.images(pipeline, "selection", seed, scale, context)["score"] for scale in self.scales}
+        best = max(scores, key=scores.__getitem__)
+        errors = self.errors(pipeline, seed, self.held_out(seed))
+        own = errors
+        if settings.get("pairs", "off_policy") != "off_policy":
+            own = self.errors(pipeline, seed, self.held_out(seed, settings))
+        return {
             "plain": self.images(pipeline, "final", seed, 1.0, context),
             "best": {"scale": best, **self.images(pipeline, "final", seed, best, context)},
-            "errors": self.errors(pipeline, seed, self.held_out(seed)),
+            "errors": errors,
+            "own_errors": own,
         }
-        if self.plan.get("own_errors"):
-            measured["own_errors"] = self.errors(pipeline, seed, self.held_out(seed, settings))
-        return measured
 
     @property
     def scales(self) -> list[float]:
         """Scales of classifier-free guidance from which each row's best is chosen; 1 is none."""
         return self.plan.get("guidance_scales", [1.0, 2.0, 3.0, 5.0])
 
+    def load_base(self) -> Any:
+        """Return the pipeline from which every row starts."""
+        load = small_unet.load_base_pipeline if self.model is small_unet else self.model.load_base
+        return load()
+
     # ---- Training -------------------------------------------------------------------------------------------------
 
     def trained(self, name: str, seed: int, kind: str) -> dict[str, torch.Tensor]:
-        """Return the weights of a row, which is trained first if it was not."""
-        folder = self.weights / re.sub(r"\W+", "_", f"{name}_{seed}")
+        """Return the weights of a row, which is trained first if no plan has trained these settings."""
+        row = {key: value for key, value in self.plan["rows"][name].items() if key not in SAMPLING_KEYS}
+        shared = {key: self.plan.get(key) for key in ("model", "pairs", "per_prompt", "max_pairs", "shared")}
+        facts = json.dumps([row, shared, seed], sort_keys=True)
+        folder = self.weights / hashlib.sha256(facts.encode()).hexdigest()[:16]
         if not (folder / "trained.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "settings.json").write_text(facts, encoding="utf-8")
             with tempfile.TemporaryDirectory() as output:
-                trainer = self.trainer(self.plan["rows"][name], seed, output)
+                trainer = self.trainer(row, seed, output)
                 trainer.train()
                 if trainer.average is not None:
                     with trainer.average.active(trainer.denoiser) as averaged:
                         save_file(merged(averaged), folder / "averaged.safetensors")
-                save_file(merged(trainer.denoiser), folder / "trained.safetensors")
+                save_file(merged(trainer.denoiser), folder / "unfinished.safetensors")
+            (folder / "unfinished.safetensors").rename(folder / "trained.safetensors")
         return load_file(folder / f"{kind}.safetensors")
 
     def trainer(self, row: dict[str, Any], seed: int, output: str) -> DiffusionSDPOTrainer:
         """Build the trainer of a row."""
-        pipeline = load_base_pipeline()
-        own = {key: value for key, value in row.items() if key not in ROW_KEYS}
+        own = {key: value for key, value in row.items() if key not in (*TRAINING_KEYS, *SAMPLING_KEYS)}
         pairs = self.pairs(row, seed, self.plan.get("per_prompt", 14))
         pairs = pairs.select(range(min(len(pairs), self.plan.get("max_pairs", len(pairs)))))
         args = self.arguments(seed, output, **{**self.plan["shared"], **own})
         rank = row.get("lora_rank")
         adapter = None if rank is None else LoraConfig(r=rank, lora_alpha=rank)
-        trainer = DiffusionSDPOTrainer(pipeline, None, args, pairs, peft_config=adapter)
+        trainer_class = DiffusionSDPOTrainer
+        if "constant_lambda" in row:
+            from constant_lambda import constant_lambda
+
+            forward = constant_lambda(row["constant_lambda"])
+            trainer_class = type("ConstantTrainer", (DiffusionSDPOTrainer,), {"pair_forward_class": forward})
+        trainer = trainer_class(self.load_base(), None, args, pairs, peft_config=adapter)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def pairs(self, row: dict[str, Any], seed: int, per_prompt: int) -> Dataset:
-        """Return the pairs of a row. Unless its `masked` is false, they have the masks of their kind."""
+        """Return the pairs of a row. Unless its `masked` is true, they have no masks."""
         pairs = made_pairs(row.get("pairs", self.plan["pairs"]), seed, per_prompt)
-        return pairs if row.get("masked", True) or "mask" not in pairs.column_names else pairs.remove_columns("mask")
+        return pairs if row.get("masked") or "mask" not in pairs.column_names else pairs.remove_columns("mask")
 
     def held_out(self, seed: int, row: dict[str, Any] | None = None) -> Dataset:
         """Return held-out pairs of the final prompts: off-policy ones, or of the kind of a row, without masks."""
@@ -154,10 +180,9 @@ class Study:
         if row is None:
             pairs = eval_pairs(seed, per_prompt=4)
         else:
-            pairs = self.pairs({**row, "masked": False}, seed, self.plan.get("per_prompt", 14))
+            pairs = self.pairs({**row, "masked": False}, seed, OWN_PER_PROMPT)
         final = set(self.prompts["final"])
-        pairs = pairs.select([index for index, prompt in enumerate(pairs["prompt"]) if prompt in final])
-        return pairs if row is None else pairs.select(range(min(len(pairs), OWN_PAIRS)))
+        return pairs.select([index for index, prompt in enumerate(pairs["prompt"]) if prompt in final])
 
     @staticmethod
     def arguments(seed: int, output: str, **settings: Any) -> DiffusionSDPOConfig:
@@ -181,7 +206,7 @@ class Study:
         """Return the context in which a row's pipeline generates: preference guidance, if the row asks for it."""
         if "guidance" not in row:
             return contextlib.nullcontext
-        reference = load_base_pipeline().unet
+        reference = denoiser_of(self.load_base())
         if row.get("reference", BASE) != BASE:
             reference.load_state_dict(self.trained(row["reference"], seed, "trained"))
         return functools.partial(preference_guidance, reference=reference, **row["guidance"])
@@ -190,15 +215,15 @@ class Study:
         """Score the images of a half of the prompts; of the final half, measure them too."""
         prompts = [prompt for prompt in self.prompts[part] for _ in range(self.plan["images_per_prompt"][part])]
         generator = torch.Generator().manual_seed(IMAGE_SEEDS[part] + seed)
-        latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=generator)
+        latents = torch.randn(len(prompts), *self.model.LATENT_SHAPE, generator=generator)
         with torch.no_grad():
-            images = generate_images(pipeline, prompts, latents, guidance_scale=scale, context=context)
+            images = self.model.generate_images(pipeline, prompts, latents, guidance_scale=scale, context=context)
         measured = {"score": float(oracle(images, prompts).double().mean())}
         if part == "selection":
             return measured
         if self.plan.get("corner"):
             with torch.no_grad():
-                before = generate_images(load_base_pipeline(), prompts, latents, guidance_scale=scale)
+                before = self.model.generate_images(self.load_base(), prompts, latents, guidance_scale=scale)
             measured |= corner_changes(images, before)
         return {**measured, **asdict(meter(tuple(prompts))(images))}
 
@@ -207,7 +232,7 @@ class Study:
         pairs = concatenate_datasets([pairs] * HELD_OUT_COPIES)
         with tempfile.TemporaryDirectory() as output:
             args = self.arguments(seed, output, safeguard="none")
-            trainer = DiffusionSDPOTrainer(pipeline, load_base_pipeline(), args, pairs, pairs)
+            trainer = DiffusionSDPOTrainer(pipeline, self.load_base(), args, pairs, pairs)
             trainer.remove_callback(PrinterCallback)
             metrics = trainer.evaluate()
         return {
@@ -219,14 +244,18 @@ class Study:
 
 @functools.cache
 def made_pairs(kind: str, seed: int, per_prompt: int) -> Dataset:
-    """Return pairs of a kind by the base model. Some kinds take seconds."""
-    return pairs_of_kind(kind, load_base_pipeline(), seed, per_prompt)
+    """Return pairs of a kind, those of the UNet's world. Some kinds take seconds."""
+    return pairs_of_kind(kind, small_unet.load_base_pipeline(), seed, per_prompt)
 
 
 @functools.cache
 def meter(prompts: tuple[str, ...]) -> ImageMeter:
     """Return the meter of images of these prompts; fitting one takes seconds."""
     return ImageMeter(prompts)
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def merged(denoiser: Any) -> dict[str, torch.Tensor]:
@@ -254,12 +283,24 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
 
 def is_current(plan: dict[str, Any], name: str, row: dict[str, Any] | None) -> bool:
     """Return whether a finished row was made with the plan's settings of today."""
-    return row is not None and row["settings"] == plan["rows"][name] and row["shared"] == protocol(plan)
+    return row is not None and row["settings"] == plan["rows"][name] and row["protocol"] == protocol(plan)
 
 
 def protocol(plan: dict[str, Any]) -> dict[str, Any]:
     """Return what all rows of a plan share."""
-    return {key: value for key, value in plan.items() if key not in ("about", "rows", "seeds")}
+    return {key: value for key, value in plan.items() if key not in ("about", "rows", "more_rows", "kinds", "seeds")}
+
+
+def finished_rows(plan: dict[str, Any], file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the finished rows of today's plan by their names, one for each seed, in the order of the plan."""
+    by_name = defaultdict(list)
+    rows = read_rows(file)
+    for name in plan["rows"]:
+        for seed in plan["seeds"]:
+            row = rows.get(f"{name}|{seed}")
+            if row is not None and is_current(plan, name, row):
+                by_name[name].append(row)
+    return by_name
 
 
 def run(plan: dict[str, Any], names: list[str], seeds: list[int], file: Path, weights: Path) -> None:
@@ -267,53 +308,46 @@ def run(plan: dict[str, Any], names: list[str], seeds: list[int], file: Path, we
     study = Study(plan, weights)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = read_rows(file)
+    if file.is_file() and not file.read_text(encoding="utf-8").endswith("\n"):
+        with file.open("a", encoding="utf-8") as out:
+            out.write("\n")  # a kill cut the last line short
     wanted = [(name, seed) for seed in seeds for name in names]
     missing = [(name, seed) for name, seed in wanted if not is_current(plan, name, made.get(f"{name}|{seed}"))]
     for name, seed in tqdm(missing, unit="row"):
         facts = {"key": f"{name}|{seed}", "name": name, "seed": seed, "settings": plan["rows"][name]}
-        row = {**facts, "shared": protocol(plan), **study.measure(name, seed)}
+        row = {**facts, "protocol": protocol(plan), **rounded(study.measure(name, seed))}
         with file.open("a", encoding="utf-8") as out:
-            out.write("\n" + json.dumps(row) + "\n")
-        winner = row["errors"]["winner_change"]
-        tqdm.write(f"{row['key']}: {row['best']['score']:.3f} at {row['best']['scale']:g}, winners {winner:+.4f}")
+            out.write(json.dumps(row) + "\n")
+        winner = row["own_errors"]["winner_change_relative"]
+        tqdm.write(f"{row['key']}: {row['best']['score']:.3f} at {row['best']['scale']:g}, winners {winner:+.1%}")
 
 
-def table(plan: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
+def rounded(value: Any) -> Any:
+    """Return measurements with five digits, more than their errors allow."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return the means over seeds as a Markdown table, best score first."""
-    by_name = defaultdict(list)
-    for row in rows.values():
-        if row["name"] in plan["rows"] and is_current(plan, row["name"], row):
-            by_name[row["name"]].append(row)
-    extra = extra_columns(plan)
-    columns = ["row", "seeds", "score", "score at best guidance", "diversity", "Frechet", "winners' error"]
-    columns += ["losers' error", *extra]
+    columns = ["row", "seeds", "score at best guidance", "without guidance", "diversity", "Frechet"]
+    columns += ["winners", "own winners", "own accuracy"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, made in sorted(by_name.items(), key=lambda item: -mean(item[1], "best", "score")):
+    for name, made in sorted(rows.items(), key=lambda item: -mean(item[1], "best", "score")):
         best = [row["best"]["score"] for row in made]
-        spread = f" ± {statistics.stdev(best):.3f}" if len(best) > 1 else ""
+        error = f" ± {statistics.stdev(best) / len(best) ** 0.5:.3f}" if len(best) > 1 else ""
         scales = ", ".join(sorted({f"{row['best']['scale']:g}" for row in made}))
         cells = [
-            f"{name} | {len(made)} | {mean(made, 'plain', 'score'):.3f}",
-            f"{statistics.mean(best):.3f}{spread} ({scales})",
+            f"{name} | {len(made)} | {statistics.mean(best):.3f}{error} ({scales})",
+            f"{mean(made, 'plain', 'score'):.3f}",
             f"{mean(made, 'best', 'diversity'):.3f} | {mean(made, 'best', 'frechet'):.3f}",
-            f"{mean(made, 'errors', 'winner_change'):+.4f} | {mean(made, 'errors', 'loser_change'):+.4f}",
-            *(f"{mean(made, *place):.3g}" for place in extra.values()),
+            f"{mean(made, 'errors', 'winner_change_relative'):+.1%}",
+            f"{mean(made, 'own_errors', 'winner_change_relative'):+.1%}",
+            f"{mean(made, 'own_errors', 'accuracy'):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def extra_columns(plan: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the columns that only some plans have, with the places of their numbers in a finished row."""
-    if plan.get("corner"):
-        return {"red": ("plain", "red"), "outside": ("plain", "outside")}
-    if plan.get("own_errors"):
-        return {
-            "winners, share": ("errors", "winner_change_relative"),
-            "own winners, share": ("own_errors", "winner_change_relative"),
-            "own accuracy": ("own_errors", "accuracy"),
-        }
-    return {}
 
 
 def mean(rows: list[dict[str, Any]], part: str, name: str) -> float:
@@ -325,7 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("plan", help="name of a plan beside this script, or the path of a YAML file")
     parser.add_argument("--rows", nargs="+", help="these rows only")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds only, such as in a second process")
-    parser.add_argument("--file", type=Path, help="file of the finished rows; bench_output/PLAN.jsonl if unset")
+    parser.add_argument("--file", type=Path, help="file of the finished rows; results/PLAN.jsonl if unset")
+    parser.add_argument("--weights", type=Path, default=Path("bench_output/weights"), help="folder of trained weights")
     parser.add_argument("--report", action="store_true", help="print the table of the finished rows, train nothing")
     options = parser.parse_args(arguments)
     try:
@@ -335,15 +370,15 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.rows or ()) - set(plan["rows"])
     if unknown:
         parser.error(f"the plan has no rows {', '.join(sorted(unknown))}")
-    file = options.file or Path(f"bench_output/{Path(options.plan).stem}.jsonl")
+    file = options.file or HERE / f"results/{Path(options.plan).stem}.jsonl"
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     logging.getLogger("trl_diffusion_sdpo").setLevel(logging.ERROR)
     if not options.report:
-        run(plan, options.rows or list(plan["rows"]), options.seeds or plan["seeds"], file, file.with_suffix(""))
-    print(table(plan, read_rows(file)))
+        run(plan, options.rows or list(plan["rows"]), options.seeds or plan["seeds"], file, options.weights)
+    print(table(finished_rows(plan, file)))
     return 0
 
 

@@ -95,6 +95,7 @@ shared: {max_steps: 1, per_device_train_batch_size: 2, learning_rate: 2.0e-4, be
 rows:
   base: {}
   recipe: {safeguard: parameter, safeguard_mu: 0.8}
+  constant: {pairs: blurred, safeguard: none, constant_lambda: 0.5}
   recipe, guided: {of: recipe, guidance: {scale: 4.0, interval: [0.0, 0.62]}, weights_scale: 2.0}
 """
 
@@ -103,14 +104,15 @@ rows:
 def test_a_study_trains_samples_and_goes_on_after_a_kill(tmp_path):
     plan, file = tmp_path / "smoke.yaml", tmp_path / "rows.jsonl"
     plan.write_text(SMOKE)
-    shown = run("studies/study.py", str(plan), "--file", str(file))
+    options = ("--file", str(file), "--weights", str(tmp_path / "weights"))
+    shown = run("studies/study.py", str(plan), *options)
     rows = [json.loads(line) for line in file.read_text().splitlines() if line]
-    assert [row["name"] for row in rows] == ["base", "recipe", "recipe, guided"]
+    assert [row["name"] for row in rows] == ["base", "recipe", "constant", "recipe, guided"]
     assert all(f"| {row['name']} | 1 |" in shown for row in rows)
-    base, recipe, _ = rows
+    base, recipe, *_ = rows
     assert base["errors"]["winner_change"] == 0 != recipe["errors"]["winner_change"]
     file.write_text(file.read_text() + '{"cut off')
-    assert shown.endswith(run("studies/study.py", str(plan), "--file", str(file)))  # nothing is made anew
+    assert shown.endswith(run("studies/study.py", str(plan), *options))  # nothing is made anew
 
 
 def test_every_plan_of_a_study_has_settings_that_exist():
@@ -119,7 +121,7 @@ def test_every_plan_of_a_study_has_settings_that_exist():
     sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
     import study
 
-    known = {*DiffusionSDPOConfig.__dataclass_fields__, *study.ROW_KEYS}
+    known = {*DiffusionSDPOConfig.__dataclass_fields__, *study.TRAINING_KEYS, *study.SAMPLING_KEYS}
     for file in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
         plan = study.load_plan(str(file))
         assert not {key for row in (plan["shared"], *plan["rows"].values()) for key in row} - known
