@@ -12,9 +12,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         description=(
             "Train the package's tiny model with several methods on the same pairs: SFT, Diffusion-DPO, "
-            "Diffusion-SDPO, and Diffusion-SDPO with stricter settings that protect the chosen images. Then generate "
-            "images with every tuned model, without and with classifier-free guidance, and write curves, images and a "
-            "table to a folder."
+            "Diffusion-SDPO as published, and Diffusion-SDPO with stricter settings that protect the chosen images. "
+            "Then generate images with every tuned model, with and without classifier-free guidance, and write scores, "
+            "curves, images and a table to a folder."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -38,11 +38,13 @@ def run(arguments: list[str], prog: str) -> int:
     import transformers.utils.logging as transformers_logging
 
     from ..tools.demo.comparison import run_demo
+    from ..tools.demo.report import FILES, summary
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # the bars for loading weights would break up the bars for training
-    print(run_demo(**vars(options)).summary)
+    result = run_demo(**vars(options))
+    print(f"{summary(result)}\n\nFiles in {options.output_dir}: {', '.join(FILES)}.")
     return EXIT_OK
 
 

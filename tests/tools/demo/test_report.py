@@ -6,107 +6,103 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.tools.demo.methods import Method
-from trl_diffusion_sdpo.tools.demo.report import summary, table, write_report
-from trl_diffusion_sdpo.tools.demo.results import Curves, DemoResult, Generated, Guided, MethodResult, Score
+from trl_diffusion_sdpo.tools.demo.report import FILES, error_sentences, score_sentences, summary, table, write_report
+from trl_diffusion_sdpo.tools.demo.results import Curves, DemoResult, Difference, ModelResult, Score
 
-METHODS = {  # key -> name, level of its images, and change of the winners' error
-    "sft": ("SFT", 40, -0.125),
-    "dpo": ("Diffusion-DPO", 80, 0.25),
-    "sdpo": ("Diffusion-SDPO", 120, 0.0625),
-    "sdpo_recipe": ("Diffusion-SDPO, recipe", 140, 0.03125),
+# Key -> name, score with guidance, and last change of the winners' error with its standard error, in per cent.
+MODELS = {
+    "base": ("base model", 0.5, None),
+    "sft": ("SFT", 0.5, (-1.0, 2.0)),
+    "dpo": ("Diffusion-DPO", 0.25, (772.4, 143.0)),
+    "sdpo": ("Diffusion-SDPO as published", 0.5, (39.47, 5.3)),
+    "sdpo_recipe": ("recipe", 0.75, (-4.0, 1.5)),
+    "sdpo_recipe_guided": ("recipe, guided from its reference", 0.8, None),
 }
-GIVEN = {"base": 0.4, "sdpo_recipe_guided": 0.7}
-WIGGLE = np.tile([-0.1, 0.1], 36)  # standard error of the mean of 72: 0.1 * sqrt(72 / 71) / sqrt(72) = 0.012
 
 
 @pytest.fixture
-def make_result(tmp_path):
-    """`make_result({"sft": 0.5, ...})`: results with these final scores."""
-
-    def make(finals, wiggles=()):
-        return DemoResult(
-            folder=tmp_path,
-            settings={
-                "seed": 0,
-                "max_steps": 100,
-                "samples_per_prompt": 1,
-                "per_device_train_batch_size": 32,
-            },
-            train_pairs=851,
-            eval_pairs=118,
-            base=Score(0.4, 0.014),
-            methods=[_method(key, final, WIGGLE if key in wiggles else 0.0) for key, final in finals.items()],
-            guided={key: _guided(key, final, key in wiggles) for key, final in {**GIVEN, **finals}.items()},
-            seconds=9.0,
-        )
-
-    return make
-
-
-def _method(key, final, wiggle):
-    scores = np.full(72, final) + wiggle
-    return MethodResult(
-        method=Method(key, METHODS[key][0], {"learning_rate": 2e-4}),
-        seconds=12.3,
-        curves=Curves(
-            steps=[0, 50, 100],
-            winner_change=[0.0, 0.1, METHODS[key][2]],
-            loser_change=[0.0, 0.2, 0.5],
-            oracle=[Score(0.4, 0.01), Score(0.9, 0.01), Score.of(scores)],
-            scale_steps=[] if key == "sft" else [50, 100],
-            scale=[] if key == "sft" else [1.0, 0.5],
-        ),
-        samples=_plain(METHODS[key][1]),
-        scores=scores,
+def result():
+    return DemoResult(
+        settings={
+            "seed": 0,
+            "max_steps": 100,
+            "samples_per_prompt": 3,
+            "per_device_train_batch_size": 32,
+            "curve_scale": 3.0,
+        },
+        versions={"torch": "2.13.0"},
+        threads=2,
+        train_pairs=851,
+        eval_pairs=118,
+        models={key: _model(key, *values) for key, values in MODELS.items()},
+        differences=[
+            Difference("sft", "base", 0.0, -0.02, 0.02),
+            Difference("dpo", "base", -0.25, -0.3, -0.2),
+            Difference("sdpo", "base", 0.0, -0.03, 0.03),
+            Difference("sdpo_recipe", "base", 0.25, 0.2, 0.3),
+            Difference("sdpo_recipe_guided", "base", 0.3, 0.2, 0.4),
+        ],
+        seconds=9.0,
     )
 
 
-def _guided(key, final, wiggles):
-    """Guidance adds 0.1 to the score, and makes the images lighter by 5."""
-    plain, best = (
-        Generated(
-            scale,
-            _plain(METHODS.get(key, ("", 20))[1] + 5 * (scale > 1), 36),
-            np.full(36, final + 0.1 * (scale > 1)) + wiggles * WIGGLE[:36],
-        )
-        for scale in (1.0, 2.0)
+def _model(key, label, score, change):
+    curves = change and Curves(
+        steps=[0, 50, 100],
+        winner_change=[0.0, 1.0, change[0]],
+        winner_stderr=[0.0, 1.0, change[1]],
+        loser_change=[0.0, 2.0, 123.4],
+        score=[Score(0.4, 0.01, 3.0), Score(0.5, 0.01, 3.0), Score(0.6, 0.01, 3.0)],
+        worst_bin=8.0,
+        scale_steps=[] if key == "sft" else [50, 100],
+        scale=[] if key == "sft" else [1.0, 0.5],
     )
-    return Guided(plain, best, {1.0: 0.3, 2.0: 0.4}, seconds=1.0)
+    return ModelResult(key, label, Score(score, 0.02, 2.0), Score(0.375, 0.02), {"1": 0.3}, {"beta": 100.0}, curves)
 
 
-def _plain(level, count=72):
-    return np.full((count, 32, 32, 3), level, dtype=np.uint8)
+def test_the_table_has_scores_with_guidance_first_and_errors_in_per_cent(result):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(result).splitlines()[2:7]]
+    assert rows[0] == ["base model", "0.500 ± 0.020 (2)", "0.375 ± 0.020", "0", "0"]
+    assert rows[2][1:] == ["0.250 ± 0.020 (2)", "0.375 ± 0.020", "+772 ± 143 %", "+123 %"]
+    assert rows[3][3] == "+39.5 ± 5.3 %"
+    assert [row[0] for row in rows] == [MODELS[key][0] for key in ("base", "sft", "dpo", "sdpo", "sdpo_recipe")]
+    assert "0.750 ± 0.020 (2)" in rows[4][1] and "0.800 ± 0.020 (2)" in rows[4][1]  # the guided recipe has no own row
 
 
-def test_the_table_has_each_model_without_and_with_guidance(make_result):
-    lines = table(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6})).splitlines()
-    assert lines[2] == "| base model | 0.400 ± 0.000 | 0.500 ± 0.000 (2) | 0 | 0 | 0 |"
-    assert lines[4] == "| Diffusion-DPO | 0.300 ± 0.000 | 0.400 ± 0.000 (2) | +0.250 | +0.500 | 12 |"
-    label = "Diffusion-SDPO, recipe, guided"
-    assert lines[7] == f"| {label} | 0.700 ± 0.000 | 0.800 ± 0.000 (2) | +0.031 | +0.500 | 12 |"
-    assert "- SFT: 100 steps, learning_rate 0.0002" in lines
+def test_a_difference_is_higher_or_lower_only_if_its_interval_leaves_out_zero(result):
+    words = [sentence.split(": ")[1].split(",")[0] for sentence in score_sentences(result)]
+    assert words == ["no difference shown", "lower", "no difference shown", "higher", "higher"]
 
 
-def test_the_summary_says_so_if_the_safeguard_is_behind_or_nothing_is_clear(make_result):
-    finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "sdpo_recipe": 0.51}
-    text = summary(make_result(finals, wiggles=("sdpo_recipe",)))
-    assert "Diffusion-SDPO is worse than Diffusion-DPO by oracle: its win rate is 0%" in text
-    assert "oracle shows no difference between Diffusion-SDPO, recipe and Diffusion-SDPO" in text
+def test_an_error_rose_or_fell_from_two_standard_errors_on(result):
+    rose, fell, unclear = error_sentences(result)
+    assert " rose:" in rose and "Diffusion-DPO (+772" in rose and "as published (+39.5" in rose
+    assert " fell:" in fell and "recipe (-4.0 ± 1.5 %" in fell
+    assert "SFT (-1.0 ± 2.0 %; worst bin +8.0 %)" in unclear
 
 
-def test_everything_is_written_and_the_curves_are_wide_enough_to_read(make_result):
-    result = make_result(dict.fromkeys(METHODS, 0.5))
-    _, files = write_report(result)
-    written = json.loads((result.folder / "results.json").read_text(encoding="utf-8"))
-    assert written["guided"]["sft"]["plain"]["oracle"]["mean"] == 0.5 and len(written["methods"]) == len(METHODS)
-    with Image.open(result.folder / "images.png") as images:
-        assert images.width == 1200
-    with Image.open(result.folder / "curves.png") as curves:
-        assert curves.width == 1200
-    assert all(file.stat().st_size < 400_000 for file in files)
+def test_everything_is_written_and_the_results_are_read_again_without_loss(result, tmp_path):
+    images = {key: np.zeros((36, 3, 32, 32, 3), dtype=np.uint8) for key in MODELS}
+    write_report(result, images, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert DemoResult.read(tmp_path / "results.json") == result
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["models"]["sft"]["best"]["mean"] == 0.5
+    assert all((tmp_path / name).stat().st_size < 400_000 for name in FILES)
+    for name, width in (("scores.png", 1280), ("curves.png", 1200), ("images.png", 1200)):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width == width
 
 
-def test_a_score_is_the_mean_with_its_standard_error():
-    assert str(Score.of(np.array([0.25, 0.75]))) == "0.500 ± 0.250"  # deviation 0.3536 over sqrt 2
-    assert Score.of(np.array([0.5])) == Score(0.5, 0.0)
+def test_the_summary_fits_a_terminal_of_120_columns(result):
+    assert max(map(len, summary(result).splitlines())) <= 120
+
+
+def test_images_of_a_prompt_count_as_one_observation():
+    score = Score.of(np.array([[0.0, 0.5], [0.75, 0.75]]))  # means .25 and .75: deviation .3536 over sqrt 2
+    assert (score.mean, score.stderr) == (0.5, pytest.approx(0.25))
+
+
+def test_a_difference_is_paired_over_prompts():
+    scores = {"a": np.array([[0.5, 0.7], [0.2, 0.2]]), "b": np.array([[0.2, 0.2], [0.1, 0.1]])}
+    one = Difference.of("a", "b", scores)  # .4 and .1: mean .25, standard error .15, t with one degree 12.706
+    assert (one.mean, one.low, one.high) == pytest.approx((0.25, 0.25 - 12.706 * 0.15, 0.25 + 12.706 * 0.15))

@@ -1,26 +1,27 @@
-"""Run the demo: tune one tiny model with SFT, Diffusion-DPO, Diffusion-SDPO and a stricter Diffusion-SDPO ("recipe") on
-the same pairs, score the images of the tuned models, and write a report."""
+"""Run the demo: tune one tiny model with SFT, Diffusion-DPO, Diffusion-SDPO as published and a stricter
+Diffusion-SDPO ("recipe") on the same pairs, score the images of the tuned models, and write a report."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from ...utils.errors import UserError
 from ..guidance import preference_guidance
-from .methods import GUIDED_FROM, GUIDED_METHOD, METHODS, RUNS_FOLDER, Method
+from .methods import BASE, COMPARED, GUIDED, GUIDED_FROM, METHODS, RUNS_FOLDER, Method
 from .pairs import eval_pairs, off_policy_pairs
 from .pipeline import load_base_pipeline, load_pipeline
-from .report import BASE, write_report
-from .results import Curves, DemoResult, Guided, MethodResult, Score
-from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
+from .report import write_report
+from .results import Curves, DemoResult, Difference, ModelResult
+from .scoring import CURVE_SCALE, GUIDANCE_SCALES, Guided, ImageScorer, OracleCallback, curve_score, generate_guided
 from .world import IMAGE_SIZE
 
 STEPS = 240
@@ -62,7 +63,7 @@ def run_demo(
             (no guidance). The scale with the best score is chosen.
 
     Returns:
-        `DemoResult`: The numbers, the images, the paths of the written files, and a summary.
+        `DemoResult`: The numbers, which are also in `results.json`.
     """
     steps = STEPS if max_steps is None else max_steps
     if seed < 0 or steps < 1:
@@ -73,8 +74,8 @@ def run_demo(
         "samples_per_prompt": samples_per_prompt,
         "evaluations": evaluations,
         "guidance_scales": list(guidance_scales),
+        "curve_scale": CURVE_SCALE,
         **SHARED,
-        "methods": {method.key: method.settings for method in (*METHODS, GUIDED_METHOD)},
     }
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -84,21 +85,35 @@ def run_demo(
     torch.set_num_threads(min(threads, THREADS))
     try:
         comparison = Comparison(folder, settings)
-        methods = [comparison.train(method, f"{i}/{len(METHODS)}") for i, method in enumerate(METHODS, 1)]
-        result = DemoResult(
-            folder=folder,
-            settings=settings,
-            train_pairs=len(comparison.train_pairs),
-            eval_pairs=len(comparison.eval_pairs),
-            base=Score.of(comparison.base_scores),
-            methods=methods,
-            guided=comparison.generate(methods),
-            seconds=time.monotonic() - started,
-        )
+        curves = {
+            method.key: comparison.train(method, f"{number}/{len(METHODS)}")
+            for number, method in enumerate(METHODS, start=1)
+        }
+        guided = comparison.generate()
     finally:
         torch.set_num_threads(threads)
-    summary, files = write_report(result)
-    return replace(result, summary=summary, files=files)
+    scores = {key: images.best.scores for key, images in guided.items()}
+    result = DemoResult(
+        settings=settings,
+        versions={library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
+        threads=min(threads, THREADS),
+        train_pairs=len(comparison.train_pairs),
+        eval_pairs=len(comparison.eval_pairs),
+        models={
+            method.key: _result(method, guided[method.key], curves.get(method.key))
+            for method in (BASE, *METHODS, GUIDED)
+        },
+        differences=[Difference.of(first, second, scores) for first, second in COMPARED],
+        seconds=time.monotonic() - started,
+    )
+    write_report(result, {key: images.best.images for key, images in guided.items()}, folder)
+    return result
+
+
+def _result(method: Method, guided: Guided, curves: Curves | None) -> ModelResult:
+    chosen_from = {f"{scale:g}": score for scale, score in guided.chosen_from.items()}
+    scores = guided.best.score, guided.plain.score
+    return ModelResult(method.key, method.label, *scores, chosen_from, method.settings, curves)
 
 
 class Comparison:
@@ -108,18 +123,17 @@ class Comparison:
         self.folder = folder
         self.settings = settings
         with tqdm(total=2, desc="Pairs and base model") as bar:
-            base = load_base_pipeline()
             self.train_pairs = off_policy_pairs(settings["seed"])
             self.eval_pairs = eval_pairs(settings["seed"])
             bar.update()
             self.scorer = ImageScorer(settings["samples_per_prompt"], settings["seed"] + _SCORE_SEED)
-            self.base_samples, self.base_scores = self.scorer(base)
+            self.base_score = curve_score(self.scorer, load_base_pipeline())
             bar.update()
 
-    def train(self, method: Method, number: str) -> MethodResult:
-        """Train with one method, save the tuned pipeline, and return the method's curves, images and scores."""
+    def train(self, method: Method, number: str) -> Curves:
+        """Train with one method, save the tuned pipeline, and return the method's curves."""
         pipeline = load_base_pipeline()
-        oracle = OracleCallback(pipeline, self.scorer, Score.of(self.base_scores))
+        oracle = OracleCallback(pipeline, self.scorer, self.base_score)
         trainer = DiffusionSDPOTrainer(
             pipeline, None, self._arguments(method), self.train_pairs, self.eval_pairs, callbacks=[oracle]
         )
@@ -129,22 +143,20 @@ class Comparison:
             trainer.train()
         trainer.save_model()
         trainer.save_state()
-        history = trainer.state.log_history
-        seconds = [entry["seconds"] for entry in history if "oracle" in entry][-1]
-        return MethodResult(method, seconds, Curves.of(history), *oracle.latest)
+        return Curves.of(trainer.state.log_history)
 
-    def generate(self, methods: list[MethodResult]) -> dict[str, Guided]:
+    def generate(self) -> dict[str, Guided]:
         """Generate images with every model under classifier-free guidance, and with the recipe's model also under
         preference guidance."""
-        scorer = GuidedScorer(self.scorer, self.settings["guidance_scales"])
+        generate = partial(generate_guided, self.scorer, self.settings["guidance_scales"])
         base = load_base_pipeline()
-        guided = {BASE: scorer(base, (self.base_samples, self.base_scores))}
-        for result in tqdm(methods, desc="Images with guidance"):
-            tuned = load_pipeline(self.folder / RUNS_FOLDER / result.method.key)
-            guided[result.method.key] = scorer(tuned, (result.samples, result.scores))
-            if result.method.key == GUIDED_FROM:
-                from_base = partial(preference_guidance, reference=base.unet, **GUIDED_METHOD.settings)
-                guided[GUIDED_METHOD.key] = scorer(tuned, context=from_base)
+        guided = {BASE.key: generate(base)}
+        for method in tqdm(METHODS, desc="Images with guidance"):
+            tuned = load_pipeline(self.folder / RUNS_FOLDER / method.key)
+            guided[method.key] = generate(tuned)
+            if method.key == GUIDED_FROM:
+                from_base = partial(preference_guidance, reference=base.unet, **GUIDED.settings)
+                guided[GUIDED.key] = generate(tuned, context=from_base)
         return guided
 
     def _arguments(self, method: Method) -> DiffusionSDPOConfig:
@@ -172,7 +184,7 @@ class Comparison:
 
 
 class BarCallback(TrainerCallback):
-    """Advances the progress bar of a method's training after each step, and shows the newest oracle score beside it."""
+    """Advances the progress bar of a method's training after each step, and shows the newest score beside it."""
 
     def __init__(self, bar: tqdm):
         self._bar = bar
@@ -181,4 +193,4 @@ class BarCallback(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._bar.set_postfix_str(f"oracle {state.log_history[-1]['oracle']:.3f}")
+        self._bar.set_postfix_str(f"score {state.log_history[-1]['oracle']:.3f}")

@@ -1,221 +1,290 @@
-"""Write the demo's report: plots, images, a table, all numbers and a summary."""
+"""Write the demo's report: plots, images, a table, all numbers and a summary. All but the images is made from
+`results.json`."""
 
-import json
-from dataclasses import dataclass
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...utils.statistics import holm, win_rate
-from ..evaluation.report import verdict_sentence
-from ..evaluation.results import Comparison
-from .methods import GUIDED_FROM, GUIDED_METHOD, Method
-from .oracle import oracle
+from .methods import BASE, GUIDED, GUIDED_FROM, METHODS
 from .pipeline import reported_captions
-from .results import DemoResult, Guided, numbers
+from .results import Curves, DemoResult, ModelResult, Score
 from .world import captions
 
-CURVES_FILE, IMAGES_FILE = "curves.png", "images.png"
-TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
-BASE = "base"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Key of a method -> colour and marker of its line in plots. Colour-blind readers can distinguish the colours.
+SCORES_FILE, CURVES_FILE, IMAGES_FILE = "scores.png", "curves.png", "images.png"
+TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
+FILES = (SCORES_FILE, CURVES_FILE, IMAGES_FILE, TABLE_FILE, NUMBERS_FILE)
+
+# Key of a model -> colour and marker in plots. Colour-blind readers can distinguish the colours.
 STYLES = {
+    BASE.key: ("#000000", "D"),
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
     "sdpo": ("#009E73", "o"),
-    "sdpo_recipe": ("#CC79A7", "P"),
+    "sdpo_recipe": ("#AA4499", "P"),
+    GUIDED.key: ("#AA4499", "*"),
 }
-PANELS = (
-    ("Error on held-out winners, change", "higher = chosen images become less likely"),
-    ("Error on held-out losers, change", "higher = rejected images become less likely"),
-    ("Oracle score of generated images", "higher = images fit their prompts better; band: ± 1 standard error"),
-    ("Scale of the loser's gradient, λ", "1 = the safeguard does not reduce the gradient"),
-)
-# Pairs of models that the summary compares, without classifier-free guidance (`plain`) and with it (`best`).
-COMPARED = {
-    "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo")),
-    "best": (
-        (GUIDED_FROM, BASE),
-        (GUIDED_FROM, "sdpo"),
-        (GUIDED_METHOD.key, BASE),
-        (GUIDED_METHOD.key, "sdpo"),
-    ),
-}
+LINEAR_UP_TO = 10.0  # per cent: errors' changes are drawn on a linear axis up to here, and on a log axis above
 
 
-def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
-    """Write the report into the demo's folder. Return the summary and the paths of the written files."""
-    folder = result.folder
-    plot_curves(result, folder / CURVES_FILE)
+def write_report(result: DemoResult, images: dict[str, np.ndarray], folder: Path) -> None:
+    """Write the report into the demo's folder.
+
+    Args:
+        result ([`DemoResult`]): All numbers.
+        images (`dict[str, np.ndarray]`): Key of a model -> images of the reported prompts, `(36, n, 32, 32, 3)`.
+        folder (`Path`): The folder.
+    """
+    result.write(folder / NUMBERS_FILE)
+    draw_scores(result).savefig(folder / SCORES_FILE)
+    draw_curves(result).savefig(folder / CURVES_FILE)
+    draw_images(result, images).savefig(folder / IMAGES_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
-    (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
-    write_images(result, folder / IMAGES_FILE)
-    return summary(result), tuple(folder / name for name in (CURVES_FILE, IMAGES_FILE, TABLE_FILE, NUMBERS_FILE))
 
 
-def write_images(result: DemoResult, path: Path) -> None:
+# ---- Plots ----------------------------------------------------------------------------------------------------------
+
+
+def draw_scores(result: DemoResult) -> "Figure":
+    """Draw the winners' error over the training steps, and the final scores with guidance. The text is large, because
+    phones show the picture at a width of 360 pixels."""
+    from matplotlib.figure import Figure  # takes seconds
+
+    figure = Figure(figsize=(6.4, 8.4), dpi=200, layout="constrained")
+    errors, scores = figure.subplots(2, 1)
+    for panel, title in ((errors, "Error on held-out preferred images"), (scores, "Score of images, with guidance")):
+        panel.set_title(title, fontsize=17, loc="left", fontweight="bold")
+        panel.tick_params(labelsize=14)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
+    _plot_changes(errors, result, "winner_change", linewidth=2.5, markersize=9)
+    errors.set_xlabel("training step", fontsize=15)
+    errors.set_ylabel("change (log axis), up is worse", fontsize=15)
+    ranked = sorted(_trained(result), key=lambda one: one[1].winner_change[-1])
+    for rank, (model, curves) in enumerate(ranked):
+        # The lowest curve has its label below, the others above, where they leave room.
+        text = f"{model.label} {percent(curves.winner_change[-1])} %".replace(" as ", "\nas ")
+        end = curves.steps[-1], curves.winner_change[-1]
+        errors.annotate(text, end, (6, 11 if rank else -25), color=STYLES[model.key][0], ha="right", **_TEXT)
+
+    base = result.models[BASE.key].best.mean
+    shown = [model for key, model in result.models.items() if key != BASE.key]
+    against_base = {one.first: one for one in result.differences if one.second == BASE.key}
+    left = min(base + one.low for one in against_base.values())
+    for row, model in enumerate(shown):
+        colour, marker = STYLES[model.key]
+        one = against_base[model.key]
+        scores.plot([base + one.low, base + one.high], [row, row], color=colour, linewidth=3)
+        scores.plot(model.best.mean, row, color=colour, marker=marker, markersize=12)
+        scores.annotate(f"{model.label} {model.best.mean:.3f}", (left, row), (0, 11), color=colour, **_TEXT)
+    scores.axvline(base, color="black", linestyle=":", linewidth=1.5)
+    scores.annotate(f"base model {base:.3f}", (base, -1), (0, 0), ha="center", **_TEXT)
+    scores.set_yticks([])
+    scores.set_ylim(len(shown) - 0.6, -1.5)
+    scores.set_xlabel("right is better; bar: 95 % interval\nof the difference to the base model", fontsize=15)
+    return figure
+
+
+_TEXT: dict[str, Any] = {
+    "textcoords": "offset points",
+    "fontsize": 14,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+}
+
+
+def draw_curves(result: DemoResult) -> "Figure":
+    """Draw four quantities over the training steps, one line per method: change of the winners' error, change of the
+    losers' error, score, and lambda."""
+    from matplotlib.figure import Figure  # takes seconds
+
+    scale = result.settings["curve_scale"]
+    panels = (
+        ("Error on held-out preferred images (winners)", "change, up is worse"),
+        ("Error on held-out rejected images (losers)", "change"),
+        (f"Score of images at guidance scale {scale:g}", "up is better; band: ± 1 standard error"),
+        ("Factor of the losers' gradient, λ", "1: the safeguard does nothing"),
+    )
+    figure = Figure(figsize=(12, 9), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 2)
+    for panel, (title, meaning) in zip(axes.flat, panels, strict=True):
+        panel.set_title(title, fontsize=14, loc="left", fontweight="bold")
+        panel.set_xlabel("training step", fontsize=13)
+        panel.set_ylabel(meaning, fontsize=13)
+        panel.tick_params(labelsize=12)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    _plot_changes(axes[0, 0], result, "winner_change", linewidth=2.2, markersize=7)
+    _plot_changes(axes[0, 1], result, "loser_change", linewidth=2.2, markersize=7)
+    for model, curves in _trained(result):
+        colour, marker = STYLES[model.key]
+        mean = np.array([score.mean for score in curves.score])
+        stderr = np.array([score.stderr for score in curves.score])
+        style: dict[str, Any] = {"color": colour, "linewidth": 2.2, "label": model.label}
+        axes[1, 0].plot(curves.steps, mean, marker=marker, markersize=7, **style)
+        axes[1, 0].fill_between(curves.steps, mean - stderr, mean + stderr, color=colour, alpha=0.12, linewidth=0)
+        if curves.scale:
+            axes[1, 1].plot(curves.scale_steps, curves.scale, **style)
+    axes[1, 1].set_ylim(0, 1.05)
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=13, frameon=False)
+    return figure
+
+
+def draw_images(result: DemoResult, images: dict[str, np.ndarray]) -> "Figure":
     """Draw a row of images for each model, at the model's best guidance scale: one image of every third prompt."""
     from matplotlib.figure import Figure  # takes seconds
 
-    rows = rows_of(result)
-    samples = result.settings["samples_per_prompt"]
     captioned = zip(captions(), reported_captions(), strict=True)
     prompts = [caption.text for caption, is_reported in captioned if is_reported][::3]
-    figure = Figure(figsize=(12, 1.2 * len(rows) + 0.8), dpi=100, layout="constrained")
-    for panel, row in zip(figure.subplots(len(rows), 1), rows, strict=True):
-        images = row.guided.best.images[::samples][::3]
-        panel.imshow(np.concatenate(list(images), axis=1))
-        panel.set_title(row.label, fontsize=11, loc="left")
+    figure = Figure(figsize=(12, 1.2 * len(images) + 0.8), dpi=100, layout="constrained")
+    for panel, (key, of_model) in zip(figure.subplots(len(images), 1), images.items(), strict=True):
+        shown = of_model[::3, 0]  # (12, 32, 32, 3)
+        panel.imshow(np.concatenate(list(shown), axis=1))
+        model = result.models[key]
+        panel.set_title(f"{model.label}, guidance scale {model.best.guidance_scale:g}", fontsize=11, loc="left")
         panel.set_xticks([])
         panel.set_yticks([])
-    width = images.shape[2]
+    width = shown.shape[2]
     panel.set_xticks([width * (number + 0.5) for number in range(len(prompts))], prompts, fontsize=8, rotation=20)
-    figure.savefig(path)
+    return figure
 
 
-def plot_curves(result: DemoResult, path: Path) -> None:
-    """Plot four quantities over the training steps, one line per method: change of the winner error, change of the
-    loser error, oracle score, and lambda."""
-    from matplotlib.figure import Figure  # takes seconds
-
-    figure = Figure(figsize=(12, 8.2), dpi=100, layout="constrained")
-    panels = figure.subplots(2, 2)
-    for trained in result.methods:
-        curves, (colour, marker) = trained.curves, STYLES[trained.method.key]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "label": trained.method.label, "lw": 2.2, "ms": 7}
-        panels[0, 0].plot(curves.steps, curves.winner_change, **style)
-        panels[0, 1].plot(curves.steps, curves.loser_change, **style)
-        mean = np.array([score.mean for score in curves.oracle])
-        stderr = np.array([score.stderr for score in curves.oracle])
-        panels[1, 0].plot(curves.steps, mean, **style)
-        panels[1, 0].fill_between(curves.steps, mean - stderr, mean + stderr, color=colour, alpha=0.15, lw=0)
-        if curves.scale:
-            panels[1, 1].plot(curves.scale_steps, curves.scale, **{**style, "marker": ""})
-    panels[1, 0].axhline(result.base.mean, color="black", linestyle=":", label="base model")
-    for panel, (title, note) in zip(panels.flat, PANELS, strict=True):
-        panel.set_title(title, fontsize=13, loc="left", pad=22)
-        panel.text(0, 1.02, note, transform=panel.transAxes, fontsize=10.5, color="#444444")
-        panel.set_xlabel("training step", fontsize=11)
-        panel.tick_params(labelsize=11)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[0]:
-        panel.axhline(0, color="black", linestyle=":")
-    limits = [panel.get_ylim() for panel in panels[0]]
-    for panel in panels[0]:
-        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))  # same y axis in both
-    panels[1, 1].set_ylim(0, 1.05)
-    handles, labels = panels[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    title = f"Training with a high learning rate on {result.train_pairs} off-policy pairs: one seed, toy world"
-    figure.suptitle(title, fontsize=15, fontweight="bold")
-    figure.savefig(path)
+def _plot_changes(panel: "Axes", result: DemoResult, name: str, **style: Any) -> None:
+    """Plot the changes of an error in per cent, on an axis that is a log axis above 10 per cent."""
+    for model, curves in _trained(result):
+        colour, marker = STYLES[model.key]
+        panel.plot(curves.steps, getattr(curves, name), color=colour, marker=marker, label=model.label, **style)
+    panel.axhline(0, color="black", linestyle=":", linewidth=1.5)
+    panel.set_yscale("symlog", linthresh=LINEAR_UP_TO)
+    ticks = [-10, 0, 10, 100, 1000]
+    panel.set_yticks(ticks, [f"{tick:+,} %" if tick else "0 %" for tick in ticks])
+    panel.minorticks_off()
+    panel.set_ylim(-12, 3000)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model's row in the tables. The changes of the errors are from the last evaluation."""
-
-    key: str
-    label: str
-    guided: Guided
-    winner_change: str
-    loser_change: str
-    seconds: float  # duration of training and evaluations
+def _trained(result: DemoResult) -> list[tuple[ModelResult, Curves]]:
+    return [(model, model.curves) for model in result.models.values() if model.curves is not None]
 
 
-def rows_of(result: DemoResult) -> list[Row]:
-    """Return one row for the base model, one for each method, and one for the recipe with preference guidance."""
-    rows = [Row(BASE, "base model", result.guided[BASE], "0", "0", 0.0)]
-    for trained in result.methods:
-        changes = _change(trained.curves.winner_change), _change(trained.curves.loser_change)
-        shown = [trained.method, GUIDED_METHOD] if trained.method.key == GUIDED_FROM else [trained.method]
-        for method in shown:
-            rows.append(Row(method.key, method.label, result.guided[method.key], *changes, trained.seconds))
-    return rows
+# ---- Tables and sentences -------------------------------------------------------------------------------------------
 
 
 def table(result: DemoResult) -> str:
-    """Return the final numbers of all models as a Markdown table."""
-    rows = rows_of(result)
+    """Return the final numbers of all models and what they show, as Markdown."""
     lines = [
-        "| method | score | with guidance (scale) | winner error | loser error | s |",
-        "|---|---|---|---|---|---|",
+        "| Model | Score with guidance (scale) | Score without guidance | Winners' error | Losers' error |",
+        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        plain, best = row.guided.plain, row.guided.best
-        lines.append(
-            f"| {row.label} | {plain.score} | {best.score} ({best.guidance_scale:g}) "
-            f"| {row.winner_change} | {row.loser_change} | {row.seconds:.0f} |"
-        )
+    for model in _rows(result):
+        score = _scaled(model.best)
+        if model.key == GUIDED_FROM:
+            score += f"; guided from its reference {_scaled(result.models[GUIDED.key].best)}"
+        lines.append(f"| {model.label} | {score} | {model.plain} | {_winners(model)} | {_losers(model)} |")
     settings = result.settings
-    images = len(rows[0].guided.plain.scores)
+    images = 36 * settings["samples_per_prompt"]
+    guidance = _settings_text(result.models[GUIDED.key].settings)
     lines += [
         "",
-        f"Score: the oracle's score in [0, 1], mean ± standard error over {images} images of 36 prompts. All models "
-        "start from the same latents. The second score is with classifier-free guidance, at the scale with the best "
-        "score on the other 36 prompts. Winner error and loser error: change of the error from the base model to the "
-        f"tuned model, on {result.eval_pairs} held-out pairs under fixed noise. Preference guidance "
-        f"({_settings_text(GUIDED_METHOD)}, with the base model as the reference) changes no weights. s: seconds of "
-        f"training and evaluations. Training used {result.train_pairs} off-policy pairs, "
-        f"{settings['per_device_train_batch_size']} pairs per step, and seed {settings['seed']}. This is one seed of a "
-        "toy world.",
+        f"**Score**: the oracle's score in [0, 1] of {images} images of 36 prompts, mean ± "
+        "standard error over prompts. All models start from the same noise. **With guidance** is how people sample: "
+        "classifier-free guidance, at each model's best scale, which was chosen on 36 other prompts. **Error**: change "
+        f"of the denoising error on the preferred (winners) or rejected images (losers) of {result.eval_pairs} "
+        "held-out pairs, in per cent of the error before training, ± standard error over pairs. **Guided from its "
+        f"reference**: with preference guidance from the base model ({guidance}).",
         "",
+        "Scores with guidance, mean difference over prompts (95 % interval):",
+        "",
+        *(f"- {sentence}" for sentence in score_sentences(result)),
+        "",
+        "What became of the error on preferred images, over all noise levels and in the worst of eight bins:",
+        "",
+        *(f"- {sentence}" for sentence in error_sentences(result)),
+        "",
+        f"Each method trained all weights of the UNet for {settings['max_steps']} steps of "
+        f"{settings['per_device_train_batch_size']} pairs, on {result.train_pairs} off-policy pairs, with seed "
+        f"{settings['seed']}:",
+        "",
+        *(f"- {model.label}: {_settings_text(model.settings)}" for model, _ in _trained(result)),
     ]
-    for trained in result.methods:
-        lines.append(f"- {trained.method.label}: {trained.curves.steps[-1]} steps, {_settings_text(trained.method)}")
     return "\n".join(lines) + "\n"
 
 
 def summary(result: DemoResult) -> str:
-    """Return the main numbers, and sentences that explain them, as text for a terminal."""
-    rows = rows_of(result)
-    width = max(len(row.label) for row in rows)
+    """Return the main numbers, and what they show, as text for a terminal."""
+    rows = [("", "with guidance (scale)", "without", "winners' error", "losers' error")]
+    for model in _rows(result):
+        rows.append((model.label, _scaled(model.best), str(model.plain), _winners(model), _losers(model)))
+        if model.key == GUIDED_FROM:
+            rows.append(("  guided from its reference", _scaled(result.models[GUIDED.key].best), "", "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        f"Training with a high learning rate: {result.settings['max_steps']} steps on {result.train_pairs} "
-        f"off-policy pairs (seed {result.settings['seed']})",
+        f"{result.settings['max_steps']} steps with a high learning rate on {result.train_pairs} off-policy pairs, "
+        f"seed {result.settings['seed']}.",
         "",
-        f"  {'':{width}}  score            with guidance (scale)  winner error",
-    ]
-    for row in rows:
-        best = row.guided.best
-        shown = f"{row.guided.plain.score}    {best.score} ({best.guidance_scale:g})"
-        lines.append(f"  {row.label:{width}}  {shown:38}  {row.winner_change:>12}")
-    lines += [
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
         "",
-        "Score: mean ± standard error of the oracle's scores; the best score is 1. Winner error: change of the error "
-        "on",
-        "held-out chosen images against the base model. Images of 36 prompts without classifier-free guidance:",
-        *_verdicts(result, "plain"),
-        "Images of the same prompts with classifier-free guidance, each model at its best scale:",
-        *_verdicts(result, "best"),
-        "This is one seed of a toy world. The safeguard is a first-order rule, so the winner error can still rise.",
-        "With other pairs or settings, plain Diffusion-DPO can score as well or better.",
+        "Score: mean ± standard error over 36 prompts; 1 is best. With guidance: classifier-free guidance, as people",
+        "sample, at each model's best scale. Error: change in per cent of the error before training, on held-out",
+        "preferred images (winners) and rejected images (losers).",
         "",
-        f"Files in {result.folder}: {CURVES_FILE}, {IMAGES_FILE}, {TABLE_FILE}, {NUMBERS_FILE}.",
+        "Scores with guidance, mean difference over prompts (95 % interval):",
+        *(f"  {sentence}" for sentence in score_sentences(result)),
+        *(textwrap.fill(sentence, 110, subsequent_indent="  ") for sentence in error_sentences(result)),
+        "",
+        "This is one seed of a toy world. With gentler settings, plain Diffusion-DPO does not break down.",
     ]
     return "\n".join(lines)
 
 
-def _verdicts(result: DemoResult, images: str) -> list[str]:
-    """Return a sentence with the win rate for each pair of models in `COMPARED`."""
-    samples = result.settings["samples_per_prompt"]
-    labels = {row.key: row.label for row in rows_of(result)}
-    scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
-    pairs = COMPARED[images]
-    rates = [win_rate(scores[first], scores[second]) for first, second in pairs]
-    return [
-        "  " + verdict_sentence(Comparison(labels[first], oracle.name, rate, adjusted), labels[second])
-        for (first, second), rate, adjusted in zip(pairs, rates, holm([rate.p_value for rate in rates]), strict=True)
-    ]
+def score_sentences(result: DemoResult) -> list[str]:
+    """Return a sentence for each difference of scores with guidance."""
+    lines = []
+    for one in result.differences:
+        first, second = (result.models[key].label for key in (one.first, one.second))
+        verdict = "no difference shown" if one.low <= 0 <= one.high else "higher" if one.mean > 0 else "lower"
+        lines.append(f"{first} against {second}: {verdict}, {one}.")
+    return lines
 
 
-def _change(curve: list[float]) -> str:
-    """Return the last value of a curve as signed text with three decimals, such as +0.012 and never -0.000."""
-    return f"{round(curve[-1], 3) + 0.0:+.3f}"
+def error_sentences(result: DemoResult) -> list[str]:
+    """Return a sentence for each way in which the winners' errors changed: up, down, or by less than two standard
+    errors."""
+    changes: dict[str, list[str]] = {"rose": [], "fell": [], "did not clearly change": []}
+    for model, curves in _trained(result):
+        clear = abs(curves.winner_change[-1]) > 2 * curves.winner_stderr[-1]
+        word = ("rose" if curves.winner_change[-1] > 0 else "fell") if clear else "did not clearly change"
+        changes[word].append(f"{model.label} ({_winners(model)}; worst bin {percent(curves.worst_bin)} %)")
+    return [f"The winners' error {word}: {', '.join(of)}." for word, of in changes.items() if of]
 
 
-def _settings_text(method: Method) -> str:
-    return ", ".join(f"{name} {value}" for name, value in method.settings.items())
+def percent(value: float) -> str:
+    """Return a percentage with its sign and a decimal, or without decimals from 100 on. Never -0.0."""
+    return f"{round(value, 1) + 0.0:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
+
+
+def _rows(result: DemoResult) -> list[ModelResult]:
+    return [result.models[method.key] for method in (BASE, *METHODS)]
+
+
+def _scaled(score: Score) -> str:
+    return f"{score} ({score.guidance_scale:g})"
+
+
+def _winners(model: ModelResult) -> str:
+    if model.curves is None:
+        return "0"
+    change, stderr = model.curves.winner_change[-1], model.curves.winner_stderr[-1]
+    return f"{percent(change)} ± {percent(stderr).removeprefix('+')} %"
+
+
+def _losers(model: ModelResult) -> str:
+    return "0" if model.curves is None else f"{percent(model.curves.loser_change[-1])} %"
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}` {value}" for name, value in settings.items())

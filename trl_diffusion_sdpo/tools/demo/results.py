@@ -1,12 +1,13 @@
-"""Hold the results of the demo: scores, curves and generated images."""
+"""Hold the results of the demo. `results.json` has all of them but the images."""
 
-from dataclasses import dataclass, fields, is_dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .methods import Method
+from ...utils.statistics import mean_interval, standard_error
 
 
 @dataclass(frozen=True)
@@ -14,115 +15,122 @@ class Score:
     """The oracle's mean score of a set of images."""
 
     mean: float  # in [0, 1]
-    stderr: float  # standard error of the mean over the images
+    stderr: float  # standard error of the mean over prompts
+    guidance_scale: float = 1.0  # scale of classifier-free guidance; 1 is no guidance
 
     @classmethod
-    def of(cls, scores: np.ndarray) -> "Score":
-        """Return the mean and the standard error of scores `(N,)`. The standard error of a single score is 0."""
-        spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
-        return cls(mean=float(scores.mean()), stderr=spread / len(scores) ** 0.5)
+    def of(cls, scores: np.ndarray, guidance_scale: float = 1.0) -> "Score":
+        """Return the mean of scores `(prompts, images)` of at least two prompts. Images of a prompt are not
+        independent, so the standard error is that of the prompts' means."""
+        means = scores.mean(axis=1)
+        return cls(float(means.mean()), standard_error(means.tolist()), guidance_scale)
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.stderr:.3f}"
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Generated images of the 36 prompts that the demo reports: `images` has the shape `(36 * n, 32, 32, 3)`, uint8,
-    with n consecutive images of each prompt."""
+class Difference:
+    """Mean difference of two models' scores over prompts, each model at its best guidance scale."""
 
-    guidance_scale: float  # scale of classifier-free guidance; 1 is no guidance
-    images: np.ndarray
-    scores: np.ndarray  # (36 * n,)
+    first: str  # key of a model
+    second: str
+    mean: float  # of the scores of `first` minus those of `second`
+    low: float  # ends of the 95 % confidence interval
+    high: float
 
-    @property
-    def score(self) -> Score:
-        """The oracle's mean score of these images."""
-        return Score.of(self.scores)
+    @classmethod
+    def of(cls, first: str, second: str, scores: dict[str, np.ndarray]) -> "Difference":
+        """Return the difference of two models from their scores `(prompts, images)`, by the models' keys."""
+        differences = (scores[first] - scores[second]).mean(axis=1)
+        return cls(first, second, float(differences.mean()), *mean_interval(differences))
 
-
-@dataclass(frozen=True)
-class Guided:
-    """A model's images without classifier-free guidance and, from the same latents, at the best guidance scale."""
-
-    plain: Generated
-    best: Generated
-    chosen_from: dict[float, float]  # guidance scale -> mean oracle score on the other 36 prompts
-    seconds: float  # time to generate and score the images
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves of one method: the first four lists from its evaluations, the last two from its training logs.
+    """Curves of one method: the first lists from its evaluations, the last two from its training logs.
 
-    A change is the error on the chosen or rejected images of held-out pairs, minus the same error before training.
-    Noise and timesteps are the same.
+    The change of an error is in per cent of the error on the same held-out pairs before training, under the same noise
+    and timesteps.
     """
 
     steps: list[int]  # optimizer steps at which evaluations ran, from 0
-    winner_change: list[float]
-    loser_change: list[float]
-    oracle: list[Score]  # oracle scores of one image per prompt; in the last evaluation, of all images
+    winner_change: list[float]  # per cent
+    winner_stderr: list[float]  # standard errors of `winner_change` over the pairs
+    loser_change: list[float]  # per cent
+    score: list[Score]  # all at the same guidance scale
+    worst_bin: float  # largest of the last changes of the winners' error in the noise bins, per cent
     scale_steps: list[int]  # optimizer steps at which lambda was logged
-    scale: list[float]  # mean of the safeguard's lambda since the previous log; empty without safeguard
+    scale: list[float]  # mean of the safeguard's lambda since the previous log; empty without losers
 
     @classmethod
     def of(cls, history: list[dict[str, Any]]) -> "Curves":
-        """Return the curves of a method from the trainer's log history.
-
-        The changes are computed here and not read from the logs, because losses without a reference model log no
-        changes. The first evaluation is of the base model.
-        """
+        """Return the curves of a method from the trainer's log history. The first evaluation is of the base model."""
         evaluated = {entry["step"]: entry for entry in history if "eval_errors/winner" in entry}
         scored = {entry["step"]: entry for entry in history if "oracle" in entry}
         logged = {entry["step"]: entry["safeguard/scale"] for entry in history if "safeguard/scale" in entry}
-        first = next(iter(evaluated.values()))
+        entries = list(evaluated.values())
+        relative = "eval_errors/winner_change_relative"
         return cls(
             steps=list(evaluated),
-            winner_change=[e["eval_errors/winner"] - first["eval_errors/winner"] for e in evaluated.values()],
-            loser_change=[e["eval_errors/loser"] - first["eval_errors/loser"] for e in evaluated.values()],
-            oracle=[Score(scored[step]["oracle"], scored[step]["oracle_stderr"]) for step in evaluated],
+            winner_change=[100 * entry[relative] for entry in entries],
+            winner_stderr=[100 * entry[f"{relative}_stderr"] for entry in entries],
+            loser_change=[100 * (e["eval_errors/loser"] / entries[0]["eval_errors/loser"] - 1) for e in entries],
+            score=[_logged_score(scored[step]) for step in evaluated],
+            worst_bin=max(100 * value for name, value in entries[-1].items() if name.startswith(f"{relative}@")),
             scale_steps=list(logged),
             scale=list(logged.values()),
         )
 
 
 @dataclass(frozen=True)
-class MethodResult:
-    """The results of training with one method."""
+class ModelResult:
+    """The results of one model."""
 
-    method: Method
-    seconds: float  # duration of training and evaluations
-    curves: Curves
-    samples: np.ndarray  # (72 * n, 32, 32, 3), uint8: n consecutive images per prompt
-    scores: np.ndarray  # scores of these images, (72 * n,)
+    key: str
+    label: str
+    best: Score  # at the model's best guidance scale
+    plain: Score  # without classifier-free guidance
+    chosen_from: dict[str, float]  # guidance scale -> mean score on the other 36 prompts, which chose the best scale
+    settings: dict[str, Any]  # of the training, or of the guidance
+    curves: Curves | None = None  # `None` for models that were not trained
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All results of the demo."""
+    """All results of the demo but the images."""
 
-    folder: Path  # folder of the plots, the table and the numbers
-    settings: dict[str, Any]  # seed, steps, and the settings of all methods
+    settings: dict[str, Any]  # seed, steps, and the settings that all methods share
+    versions: dict[str, str]  # of the libraries
+    threads: int  # number of CPU threads
     train_pairs: int  # number of training pairs
     eval_pairs: int  # number of held-out pairs
-    base: Score  # score of the base model, from which every method starts
-    methods: list[MethodResult]  # in the order in which they were trained
-    guided: dict[str, Guided]  # key of the base model or a method -> its images
+    models: dict[str, ModelResult]  # key -> result: the base model, then all methods, and the guided recipe last
+    differences: list[Difference]
     seconds: float
-    summary: str = ""
-    files: tuple[Path, ...] = ()  # files that were written to `folder`
+
+    def write(self, path: Path) -> None:
+        """Write the results as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "DemoResult":
+        """Read results that [`write`] wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["models"] = {key: _model(**model) for key, model in values["models"].items()}
+        values["differences"] = [Difference(**difference) for difference in values["differences"]]
+        return cls(**values)
 
 
-def numbers(value: Any) -> Any:
-    """Return the results as dictionaries and lists for JSON, without images and the scores of single images."""
-    if isinstance(value, Generated):
-        return {"guidance_scale": value.guidance_scale, "oracle": numbers(value.score)}
-    if is_dataclass(value):
-        entries = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {name: numbers(entry) for name, entry in entries.items() if not isinstance(entry, np.ndarray)}
-    if isinstance(value, dict):
-        return {key: numbers(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [numbers(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+def _logged_score(entry: dict[str, float]) -> Score:
+    return Score(entry["oracle"], entry["oracle_stderr"], entry["oracle_guidance_scale"])
+
+
+def _model(best: dict[str, Any], plain: dict[str, Any], curves: dict[str, Any] | None, **others: Any) -> ModelResult:
+    if curves is not None:
+        curves["score"] = [Score(**score) for score in curves["score"]]
+    read = None if curves is None else Curves(**curves)
+    return ModelResult(best=Score(**best), plain=Score(**plain), curves=read, **others)
