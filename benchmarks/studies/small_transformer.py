@@ -38,13 +38,13 @@ FOLDER = Path("bench_output/small_transformer")
 # What the weights depend on. They are kept with the weights, and other settings do not take those weights.
 TRAINING = {
     "seed": 0,
-    "steps": 3000,
-    "batch": 64,
+    "steps": 2500,
+    "batch": 48,
     "learning_rate": 1.5e-3,
     "average_decay": 0.998,
     "prompt_dropout": 0.1,
     "images_per_prompt": 96,
-    "layers": 6,
+    "layers": 4,
     "heads": 4,
     "head_width": 32,
 }
@@ -206,7 +206,7 @@ def train(pipeline: StableDiffusion3Pipeline, settings: dict[str, Any]) -> None:
         schedule.step()
         optimizer.zero_grad()
         average.step(transformer.parameters())
-        if step % 100 == 0:
+        if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     average.copy_to(transformer.parameters())
     transformer.eval()
