@@ -21,6 +21,7 @@ import argparse
 import copy
 import functools
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +43,8 @@ from trl_diffusion_sdpo.step.pair_forward import NoisyBatch, PairForward, PairPr
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs, off_policy_pairs
 from trl_diffusion_sdpo.tools.demo.pipeline import load_base_pipeline
 from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE
+
+Results = dict[str, list[dict[str, Any]]]  # rows of each model: one for each training
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -477,6 +480,167 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
+# ---- Tables of the page ---------------------------------------------------------------------------------------------
+
+NAMES = {"unet": "U-Net", "transformer": "transformer"}
+SHOWN_STEPS = (0, 20, 60, 100, 200)
+
+
+def near_isometry(results: Results) -> list[str]:
+    """Cosines and lambdas of the same batches at the output and in parameter space: medians over the probe."""
+    lines = [
+        "| Model | Step | Cosine at the output | Cosine in parameter space | Lambda at the output "
+        "| Lambda in parameter space |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = ("cosine_output", "cosine_parameter", "lambda_output", "lambda_parameter")
+    for model, rows in results.items():
+        for step in SHOWN_STEPS:
+            found = [row for probe in probes(rows) if probe["step"] == step for row in probe["rows"]]
+            if found:
+                cells = " | ".join(f"{statistics.median(row[name] for row in found):.2f}" for name in names)
+                lines.append(f"| {NAMES[model]} | {step} | {cells} |")
+    return lines
+
+
+def promises(results: Results) -> list[str]:
+    """What each rule promises, and what it keeps, on the batches of the probe after the first step."""
+    lines = [
+        "| Model | Rule | Promised | Left, median (5 to 95 %) | Left of the loss's winners | Small SGD step raises "
+        "| AdamW step raises |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    promised = {"none": "nothing", f"output, mu {OUTPUT_MU}": "60 %", f"parameter, mu {PARAMETER_MU}": "80 %"}
+    for model, rows in results.items():
+        found = [row for probe in probes(rows) if probe["step"] > 0 for row in probe["rows"]]
+        for rule in promised if found else ():
+            left = quantiles(100 * row["left"][rule] for row in found)
+            weighted = quantiles(100 * row["left_weighted"][rule] for row in found)
+            raised = {
+                kind: sum(row["tried"][rule][kind] > 0 for row in found) for kind in ("predicted", "sgd", "adamw")
+            }
+            lines.append(
+                f"| {NAMES[model]} | {rule} | {promised[rule]} | {spread(left, '.0f', ' %')} "
+                f"| {spread(weighted, '.0f', ' %')} "
+                f"| {raised['sgd']} of {len(found)} ({raised['predicted']} predicted) "
+                f"| {raised['adamw']} of {len(found)} |"
+            )
+    return lines
+
+
+def lambda_by_noise(results: Results) -> list[str]:
+    """The arm's own lambda on the batches of each noise bin, over the training."""
+    lines = [
+        f"| Model | Arm | Noise level | {' | '.join(f'Step {step}' for step in SHOWN_STEPS)} |",
+        "|---|---|---|" + "---|" * len(SHOWN_STEPS),
+    ]
+    own = dict(zip(ARMS, ("lambda_output", "lambda_parameter_own"), strict=True))
+    for model, rows in results.items():
+        for arm, name in own.items():
+            for batch in [f"bin {number}" for number in range(NOISE_BINS)] + ["fresh"]:
+                cells = []
+                for step in SHOWN_STEPS:
+                    at = [probe for probe in probes(rows, arm) if probe["step"] == step]
+                    values = [row[name] for probe in at for row in probe["rows"] if row["batch"] == batch]
+                    cells.append(f"{statistics.mean(values):.2f}" if values else "")
+                if any(cells):
+                    lines.append(f"| {NAMES[model]} | {arm} | {level_of(batch)} | {' | '.join(cells)} |")
+    return lines
+
+
+def level_of(batch: str) -> str:
+    if batch == "fresh":
+        return "all, fresh pairs"
+    number = int(batch.removeprefix("bin "))
+    return f"{number / NOISE_BINS:.3g} to {(number + 1) / NOISE_BINS:.3g}"
+
+
+def sigmoid(results: Results) -> list[str]:
+    """How far lambda from plain residuals is from lambda with the loss's weights, and in parameter space."""
+    lines = [
+        "| Model | Pairs | Lambda, plain | Differs from the weighted one by: median (95 %, largest) "
+        "| From that in parameter space by: median (95 %) |",
+        "|---|---|---|---|---|",
+    ]
+    for model, rows in results.items():
+        after = [probe for probe in probes(rows) if probe["step"] > 0]
+        for size in map(str, GROUPS) if after else ():
+            groups = [group for probe in after for group in probe["groups"][size]]
+            differences = quantiles(abs(plain - weighted) for plain, weighted in groups)
+            pairs_of = [
+                (group[0], own)
+                for probe in after
+                for group, own in zip(probe["groups"][size], probe["parameter_groups"].get(size, ()), strict=False)
+            ]
+            parameter = ""
+            if pairs_of:
+                found = quantiles(plain - own for plain, own in pairs_of)
+                parameter = f"{found[1]:+.2f} ({found[2]:+.2f})"
+            largest = max(abs(plain - weighted) for plain, weighted in groups)
+            lines.append(
+                f"| {NAMES[model]} | {size} | {spread(quantiles(plain for plain, _ in groups), '.2f')} "
+                f"| {differences[1]:.3f} ({differences[2]:.3f}, {largest:.3f}) | {parameter} |"
+            )
+    return lines
+
+
+def rises(results: Results) -> list[str]:
+    """Steps of plain SGD that raised their own winners' error, one number a seed."""
+    lines = ["| Model | Learning rate | Rule | Steps that raise their own winners' error | Sum of the changes |"]
+    lines.append("|---|---|---|---|---|")
+    for model, rows in results.items():
+        of_sgd = [row for row in rows if row["part"] == "sgd"]
+        for rate in sorted({row["rate"] for row in of_sgd}, reverse=True):
+            for rule in SGD_RULES:
+                found = [row["measured"] for row in of_sgd if (row["rate"], row["rule"]) == (rate, rule)]
+                if found:
+                    counts = ", ".join(str(each["rises"]) for each in found)
+                    total = statistics.mean(each["sum_of_changes"] for each in found)
+                    steps = found[0]["steps"]
+                    lines.append(f"| {NAMES[model]} | {rate:g} | {rule} | {counts} of {steps} | {total:+.2g} |")
+    return lines
+
+
+TABLES: dict[str, Callable[[Results], list[str]]] = {
+    "isometry": near_isometry,
+    "promises": promises,
+    "lambda by noise": lambda_by_noise,
+    "sigmoid": sigmoid,
+    "rises": rises,
+}
+
+
+def probes(rows: list[dict[str, Any]], arm: str | None = None) -> list[dict[str, Any]]:
+    """Return the probes of the arms, or of one arm, of all seeds."""
+    chosen = [row for row in rows if row["part"] == "arms" and arm in (None, row["rule"])]
+    return [probe for row in chosen for probe in row["measured"]["probes"]]
+
+
+def quantiles(values: Iterable[float]) -> list[float]:
+    """Return the 5, 50 and 95 % quantiles."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    return torch.quantile(tensor, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+
+
+def spread(found: list[float], digits: str, unit: str = "") -> str:
+    low, middle, high = (format(value, digits) for value in found)
+    return f"{middle}{unit} ({low} to {high}{unit})"
+
+
+def report(folder: Path, page: Path) -> None:
+    """Write the tables between their markers in the page, from the results of all models, and print them."""
+    files = {model: folder / f"assumptions_{model}.json" for model in MODELS}
+    results = {model: json.loads(file.read_text()) for model, file in files.items() if file.is_file()}
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    for name, table in TABLES.items():
+        lines = "\n".join(table(results))
+        print(f"\n{name}\n\n{lines}")
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
+        text = marked.sub(lambda found, lines=lines: f"{found[1]}\n{lines}\n\n{found[2]}", text)
+    if text:
+        page.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="unet")
@@ -487,10 +651,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="steps between two probes")
     parser.add_argument("--folder", type=Path, default=Path("bench_output/assumptions"), help="of finished trainings")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--report", action="store_true", help="only write the tables into the page")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page with the tables")
+    parser.add_argument("--report", action="store_true", help="only write the tables into the page, and print them")
     options = parser.parse_args()
     if not options.report:
         make(options)
+    report(options.results, options.page)
 
 
 if __name__ == "__main__":
