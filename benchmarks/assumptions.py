@@ -604,7 +604,7 @@ def rises(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "isometry": near_isometry,
     "promises": promises,
-    "lambda by noise": lambda_by_noise,
+    "lambda_by_noise": lambda_by_noise,
     "sigmoid": sigmoid,
     "rises": rises,
 }

@@ -1,12 +1,12 @@
 """A small text-to-image transformer of the embedded world, for studies of models that are no U-Nets.
 
-It is a `StableDiffusion3Pipeline` of 3.5 million parameters, trained from scratch by flow matching on the same flawed
+It is a `StableDiffusion3Pipeline` of 2.4 million parameters, trained from scratch by flow matching on the same flawed
 drawings as the demo's U-Net. It has the demo's VAE and text encoder, and no T5. `load_base` trains it on first use and
 reads it from the folder afterwards.
 
     python benchmarks/studies/small_transformer.py
 
-It takes about ten minutes on one core. The last lines printed are the oracle's scores of its images.
+It takes about seven minutes on one core. The last lines printed are the oracle's scores of its images.
 """
 
 import argparse
