@@ -1,6 +1,6 @@
 """A small text-to-image transformer of the embedded world, for studies of models that are no U-Nets.
 
-It is a `StableDiffusion3Pipeline` of 2.4 million parameters, trained from scratch by flow matching on the same flawed
+It is a `StableDiffusion3Pipeline` of 2.3 million parameters, trained from scratch by flow matching on the same flawed
 drawings as the demo's U-Net. It has the demo's VAE and text encoder, and no T5. `load_base` trains it on first use and
 reads it from the folder afterwards.
 
