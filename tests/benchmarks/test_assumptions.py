@@ -25,6 +25,7 @@ def test_the_assumptions_are_measured_on_every_noise_level_and_written_into_a_pa
     for row in rows[:2]:
         before, after = row["measured"]["probes"]
         assert [each["batch"] for each in after["rows"]] == [*(f"bin {number}" for number in range(8)), "fresh"]
+        assert len(after["single_pairs"]) == 8 * assumptions.SINGLE_PAIRS
         # Before the first step, all pairs have the same weight, and the probe itself changes nothing.
         assert before["logits"] == [0, 0] != after["logits"]
         assert all(each["cosine_plain"] == pytest.approx(each["cosine_output"], abs=1e-4) for each in before["rows"])
@@ -53,13 +54,13 @@ def test_gradients_of_a_batch_are_those_of_an_independent_computation_in_float64
     )
     forward = trainer.pair_forward
     batch = forward.noisy_batch(trainer._inputs_of(trainer.train_dataset.sample(3)))
-    [reference] = forward.predict_reference(trainer.model, [batch])
+    [reference] = forward.predict_reference(trainer.denoiser, [batch])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in assumptions.trained(trainer.model):
+        for weight in assumptions.trained(trainer.denoiser):
             weight.add_(0.1 * weight.std(correction=0) * torch.randn(weight.shape, generator=generator))
     given = assumptions.PairPredictions(batch, batch.target, reference)
-    compared = assumptions.compare(forward, trainer.model, given)
+    compared = assumptions.compare(forward, trainer.denoiser, given)
 
     unet = trainer.pipeline.unet.double()
     states = batch.conditioning["prompt_embeds"].double()
