@@ -102,11 +102,10 @@ FRESH_SEED = 80_000
 
 
 class WatchedForward(PairForward):
-    """Forward passes that keep the winners of the last batch, their error before the step, and the last lambda."""
+    """Forward passes that keep the winners of the last batch, and their error before the step."""
 
     winners: NoisyBatch
     before: float
-    scale: float
 
     def noisy_batch(self, inputs: dict[str, Any], policy: nn.Module | None = None) -> NoisyBatch:
         batch = super().noisy_batch(inputs, policy)
@@ -114,11 +113,6 @@ class WatchedForward(PairForward):
             self.winners = batch.halves()[0]
             self.before = self.winner_error(policy, self.winners)
         return batch
-
-    def loss(self, predictions: PairPredictions, safeguard: Any = None) -> Any:
-        outputs = super().loss(predictions, safeguard)
-        self.scale = float(outputs.scale)
-        return outputs
 
     @torch.no_grad()
     def winner_error(self, model: nn.Module, winners: NoisyBatch) -> float:
@@ -193,7 +187,6 @@ class Probe(TrainerCallback):
     def __init__(self, every: int):
         self.every = every
         self.probes: list[dict[str, Any]] = []
-        self.scales: list[float] = []
         self.batches: dict[int, tuple[NoisyBatch, torch.Tensor]] | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -201,7 +194,6 @@ class Probe(TrainerCallback):
             self.measure(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.scales.append(self.trainer.pair_forward.scale)
         if state.global_step % self.every == 0:
             self.measure(state.global_step)
 
@@ -406,7 +398,7 @@ def run_arm(model: str, seed: int, arm: str, steps: int, every: int) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         settings = {**ARM_SETTINGS, **ARMS[arm], "max_steps": steps}
         make_trainer(model, seed, folder, probe, per_device_train_batch_size=BATCH, **settings).train()
-    return {"probes": probe.probes, "scales": probe.scales}
+    return {"probes": probe.probes}
 
 
 # ---- Arithmetic on gradients ----------------------------------------------------------------------------------------
@@ -515,7 +507,7 @@ def near_isometry(results: Results) -> list[str]:
         if after:
             cells = " | ".join(spread(quantiles(row[name] for row in after), ".2f") for name in names)
             lines.append(f"| {NAMES[model]} | all after 0 | {cells} |")
-        single = [pair for probe in probes(rows) if probe["step"] > 0 for pair in probe["single_pairs"]]
+        single = [pair for probe in probes(rows) if probe["step"] > 0 for pair in probe.get("single_pairs", ())]
         if single:
             cells = " | ".join(spread(quantiles(pair[name] for pair in single), ".2f") for name in names)
             lines.append(f"| {NAMES[model]} | all after 0, single pairs | {cells} |")
@@ -559,30 +551,28 @@ def promises(results: Results) -> list[str]:
 
 
 def lambda_by_noise(results: Results) -> list[str]:
-    """The arm's own lambda on the batches of each noise bin, over the training."""
+    """The arm's own lambda over the training, on the batches of each quarter of the noise levels: means."""
     lines = [
         f"| Model | Arm | Noise level | {' | '.join(f'Step {step}' for step in SHOWN_STEPS)} |",
         "|---|---|---|" + "---|" * len(SHOWN_STEPS),
     ]
     own = dict(zip(ARMS, ("lambda_output", "lambda_parameter_own"), strict=True))
+    width = NOISE_BINS // 4
+    quarters = {
+        f"{first / NOISE_BINS:g} to {(first + width) / NOISE_BINS:g}": [f"bin {first + i}" for i in range(width)]
+        for first in range(0, NOISE_BINS, width)
+    }
     for model, rows in results.items():
         for arm, name in own.items():
-            for batch in [f"bin {number}" for number in range(NOISE_BINS)] + ["fresh"]:
+            for levels, batches in {**quarters, "all, fresh pairs": ["fresh"]}.items():
                 cells = []
                 for step in SHOWN_STEPS:
                     at = [probe for probe in probes(rows, arm) if probe["step"] == step]
-                    values = [row[name] for probe in at for row in probe["rows"] if row["batch"] == batch]
+                    values = [row[name] for probe in at for row in probe["rows"] if row["batch"] in batches]
                     cells.append(f"{statistics.mean(values):.2f}" if values else "")
                 if any(cells):
-                    lines.append(f"| {NAMES[model]} | {arm} | {level_of(batch)} | {' | '.join(cells)} |")
+                    lines.append(f"| {NAMES[model]} | {arm} | {levels} | {' | '.join(cells)} |")
     return lines
-
-
-def level_of(batch: str) -> str:
-    if batch == "fresh":
-        return "all, fresh pairs"
-    number = int(batch.removeprefix("bin "))
-    return f"{number / NOISE_BINS:.3g} to {(number + 1) / NOISE_BINS:.3g}"
 
 
 def sigmoid(results: Results) -> list[str]:
