@@ -2,6 +2,7 @@
 # make test             install, lint, check types, run the tests, build the documentation
 # make bench            our step against hand-written ones, the cost of the safeguard, and more: under 10 minutes on the CPU
 # make bench-gpu PYTHON=python3   speed and memory of published sizes on a GPU; call it again to continue
+# make tables           write the tables and pictures of the documentation from the committed results
 # make test-distributed all settings under the engines, with two processes on the CPU
 # make test-families    train every model family, as a LoRA and in full
 # make test-trainer     the trainer's settings in all combinations
@@ -34,7 +35,7 @@ LIBRARY_TESTS := tests/trainer/test_borrowed_names.py tests/data tests/trainer/t
 	tests/invariant/test_artefacts.py tests/saving/test_checkpoints.py tests/cli/test_options.py \
 	tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/tools/rewards
 
-.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-newest test-pythons bench bench-gpu lint docs dist clean
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-newest test-pythons bench bench-gpu tables lint docs dist clean
 
 demo: $(VENV)/installed
 	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. Each call starts over."
@@ -93,6 +94,10 @@ bench: $(VENV)/installed
 # Uses your Python, like `test-gpu`. Commit the results.
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_speed.py
+
+tables: $(VENV)/installed
+	PYTHONPATH=. $(BIN)/python benchmarks/studies/tables.py
+	PYTHONPATH=. $(BIN)/python benchmarks/studies/pictures.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
