@@ -151,7 +151,7 @@ def grid(tiles: np.ndarray, columns: list[str], rows: list[str], scores: list[li
     """Draw images `(rows, columns, 32, 32, 3)` under the names of their columns."""
     count, width = tiles.shape[:2]
     figure = Figure(figsize=(WIDTH, 0.6 + count * WIDTH / width * (1.1 if scores is None else 1.3)), dpi=DPI)
-    axes = figure.subplots(count, width)
+    axes: Any = figure.subplots(count, width)
     for row in range(count):
         for column in range(width):
             panel = axes[row, column]

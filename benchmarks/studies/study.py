@@ -284,7 +284,7 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
 
 def is_current(plan: dict[str, Any], name: str, row: dict[str, Any] | None) -> bool:
     """Return whether a finished row was made with the plan's settings of today."""
-    return row is not None and row["settings"] == plan["rows"][name] and row["protocol"] == protocol(plan)
+    return row is not None and row["settings"] == plan["rows"][name] and row.get("protocol") == protocol(plan)
 
 
 def protocol(plan: dict[str, Any]) -> dict[str, Any]:

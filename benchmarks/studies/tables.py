@@ -21,7 +21,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,16 @@ def over_constants(rows: list[Row], constants: list[list[Row]]) -> Difference:
 # ---- Layout ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(columns: list[str], lines: Iterable[list[str]]) -> str:
+def markdown(columns: list[str], lines: list[list[str]], below: str = "") -> str:
+    """Return a table with a line below it, or nothing without rows."""
+    if not lines:
+        return ""
     rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\n*{below}.*" if below else table
 
 
-def seeds_of(made: Iterable[list[Row]]) -> int:
+def seeds_of(made: Iterable[Sized]) -> int:
     """Return the number of seeds that most rows have."""
     counts = [len(rows) for rows in made]
     return statistics.mode(sorted(counts, reverse=True)) if counts else 0
@@ -167,8 +171,7 @@ def count(seeds: int) -> str:
 
 def note(seeds: int, *more: str) -> str:
     """Return the line below a table: how many seeds it has, and what else belongs to its numbers."""
-    first = f"{count(seeds).capitalize()} a row, unless the row says otherwise" if seeds else "No row is finished"
-    return "\n\n*" + ". ".join([first, *more]) + ".*"
+    return ". ".join([f"{count(seeds)} a row, unless the row says otherwise", *more])
 
 
 # ---- Views: the safeguard -------------------------------------------------------------------------------------------
@@ -221,11 +224,11 @@ def scored(made: dict[str, list[Row]], base: list[Row]) -> str:
     usual = seeds_of(made.values())
     columns = ["Training", "Score", "Without guidance", "Score over the base", "Winners' error", "Worst bin"]
     lines = []
-    for label, rows in {BASE: base, **made}.items():
+    for label, rows in {BASE: base, **made}.items() if made else ():
         compared = "" if rows is base else str(difference(rows, base))
         cells = [number(rows), number(rows, plain), compared, share(rows), share(rows, worst_bin)]
         lines.append([labelled(label, rows, usual), *cells])
-    return markdown(columns, lines) + note(usual)
+    return markdown(columns, lines, note(usual))
 
 
 def safeguard(rules: Rows, variants: Rows) -> str:
@@ -260,7 +263,7 @@ def constants(rules: Rows, gentle: Rows) -> str:
     for settings, name, label, rows, compared in made:
         few = "" if len(compared.values) == usual else f" ({count(len(compared.values))})"
         lines.append([settings, name, label, number(rows), share(rows), f"{compared}{few}".strip()])
-    return markdown(columns, lines) + note(usual, "Seeds in which no constant has an error as small are left out")
+    return markdown(columns, lines, note(usual, "Seeds in which no constant has an error as small are left out"))
 
 
 def kinds(rules: Rows) -> str:
@@ -268,12 +271,13 @@ def kinds(rules: Rows) -> str:
     usual = seeds_of(rules.values())
     columns = ["Pairs", "Training", "Score", "Without guidance", "Score over the base", "Winners' error", "Accuracy"]
     base = rules.get(BASE, [])
-    lines = [["", "base", number(base), number(base, plain), "", "0", ""]]
+    lines = []
     for kind, name in KINDS.items():
         for label, rows in arms(rules, kind, {**RULES, **CONSTANTS}).items():
             cells = [number(rows), number(rows, plain), str(difference(rows, base)), share(rows), accuracy(rows)]
             lines.append([name, labelled(label, rows, usual), *cells])
-    return markdown(columns, lines) + note(usual)
+    without = f"The base scores {number(base)}, and {number(base, plain)} without guidance"
+    return markdown(columns, lines, note(usual, without))
 
 
 def gentle(gentle: Rows) -> str:
@@ -287,23 +291,22 @@ def accuracy(rows: list[Row]) -> str:
 
 def one_kind(rules: Rows, chosen: Iterable[str]) -> str:
     """The rules on some kinds of pairs, a cell for each."""
-    made = {
-        label: [arms(rules, kind, {name: label}).get(label, []) for kind in chosen] for name, label in RULES.items()
-    }
-    made |= {"constant 0.3": [rules.get(f"{kind}, constant 0.3", []) for kind in chosen]}
-    usual = seeds_of(rows for cells in made.values() for rows in cells if rows)
+    names = {**RULES, "constant 0.3": "constant 0.3"}
+    cells = {label: [rules.get(f"{kind}, {name}", []) for kind in chosen] for name, label in names.items()}
+    made = {label: rows for label, rows in cells.items() if any(rows)}
+    usual = seeds_of(rows for row in made.values() for rows in row if rows)
     base = rules.get(BASE, [])
     lines = []
-    for label, cells in made.items():
+    for label, row in made.items():
         line = [label]
-        for rows in cells:
+        for rows in row:
             few = "" if len(rows) == usual or not rows else f" ({count(len(rows))})"
             line += [f"{number(rows)}{few}", difference(rows, base).verdict, share(rows)]
         lines.append(line)
     columns = ["Training"]
     for kind in chosen:
         columns += [f"{KINDS[kind].capitalize()}: score", "against the base", "winners' error"]
-    return markdown(columns, lines) + note(usual, f"The base scores {number(base)}")
+    return markdown(columns, lines, note(usual, f"The base scores {number(base)}"))
 
 
 def aligned(rules: Rows) -> str:
@@ -328,7 +331,7 @@ def long(long: Rows, rules: Rows, variants: Rows) -> str:
         lines.append((label, by_steps))
     usual = seeds_of(shown)
     cells = []
-    for label, by_steps in lines:
+    for label, by_steps in lines if any(long.values()) else ():
         cells.append([label])
         for rows in by_steps:
             few = "" if len(rows) == usual or not rows else f" ({count(len(rows))})"
@@ -336,7 +339,7 @@ def long(long: Rows, rules: Rows, variants: Rows) -> str:
     columns = ["Training"]
     for steps in (150, 600, 2400):
         columns += [f"{steps} steps: score", "winners' error"]
-    return markdown(columns, cells) + note(usual)
+    return markdown(columns, cells, note(usual))
 
 
 def transformer(transformer: Rows) -> str:
@@ -369,7 +372,7 @@ def losses(losses: Rows) -> str:
     columns = ["Loss", "Score, no safeguard", "Score, safeguard", "Safeguard minus none"]
     columns += ["Winners' error, no safeguard", "Winners' error, safeguard"]
     chance = f"Of {compared} comparisons with `sigmoid`, chance alone marks about {0.05 * compared:.0f}"
-    return markdown(columns, lines) + note(usual, chance)
+    return markdown(columns, lines, note(usual, chance))
 
 
 def inversion(published_steps: Rows) -> str:
@@ -380,7 +383,7 @@ def inversion(published_steps: Rows) -> str:
     for name, rows in published_steps.items():
         compared = "" if name in (BASE, "sigmoid") else str(difference(rows, published_steps["sigmoid"]))
         lines.append([labelled(name, rows, usual), number(rows), number(rows, plain), compared, share(rows)])
-    return markdown(columns, lines) + note(usual)
+    return markdown(columns, lines, note(usual))
 
 
 def guidance(guidance: Rows) -> str:
@@ -394,7 +397,7 @@ def guidance(guidance: Rows) -> str:
             compared = "" if name == BASE else str(difference(rows, base))
             cells = [number(rows), number(rows, plain), compared, number(rows, diversity), number(rows, frechet)]
             lines.append([labelled(name.replace("on_policy", "on-policy"), rows, usual), *cells])
-    return markdown(columns, lines) + note(usual)
+    return markdown(columns, lines, note(usual))
 
 
 def diversity(row: Row) -> float:
@@ -423,7 +426,7 @@ def guidance_gain(guidance: Rows) -> str:
         guided = guidance.get(f"{name}, guided 4 at low noise", [])
         compared = [str(difference(guided, rows)), str(difference(guided, guidance.get(BASE, [])))]
         lines.append([labelled(GUIDED[name], rows, usual), number(rows), number(guided), *compared])
-    return markdown(columns, lines) + note(usual, f"The base scores {number(guidance.get(BASE, []))}")
+    return markdown(columns, lines, note(usual, f"The base scores {number(guidance.get(BASE, []))}"))
 
 
 def masks(masks: Rows) -> str:
@@ -435,7 +438,7 @@ def masks(masks: Rows) -> str:
         red = f"{100 * statistics.mean(row['best']['red'] for row in rows):.1f}"
         outside = f"{statistics.mean(row['best']['outside'] for row in rows):.1f}"
         lines.append([labelled(name, rows, usual), red, outside, number(rows)])
-    return markdown(columns, lines) + note(usual)
+    return markdown(columns, lines, note(usual))
 
 
 # ---- Views: single files --------------------------------------------------------------------------------------------
@@ -449,7 +452,7 @@ def edits(results: dict[str, dict[str, float]]) -> str:
             gain = f"{row['gain']:+.3f} ± {row['standard_error']:.3f}"
             lines.append([name, f"{row['score']:.3f}", gain, f"{100 * row['winners']:+.0f} %"])
     columns = ["Training", "Score", "Score over the base", "Winners' error"]
-    return markdown(columns, lines) + "\n\n*One seed. ± is the standard error over the 120 edits.*"
+    return markdown(columns, lines, "One seed. ± is the standard error over the 120 edits")
 
 
 def planned_memory(rows: list[dict[str, Any]]) -> str:
@@ -483,7 +486,7 @@ def step_time(results: dict[str, Any]) -> str:
     found = results["environment"]
     columns = ["Tuning", "Compared", "Median ratio", "Quartiles", "Rounds"]
     where = f"{found['device']}, {found['threads']} thread, {found['clock']}, torch {found['torch']}"
-    return markdown(columns, sorted(lines)) + f"\n\n*{where}.*"
+    return markdown(columns, sorted(lines), where)
 
 
 def large_cache(results: list[dict[str, Any]]) -> str:
@@ -509,7 +512,7 @@ class Table:
     files: tuple[str, ...]  # under the root; of a `.jsonl` file, the finished rows of the plan of its name
 
     def __str__(self) -> str:
-        return self.view(*(read(file) for file in self.files))
+        return self.view(*map(read, self.files))
 
 
 def _of_plans(view: Callable[..., str], *plans: str) -> Table:
@@ -555,11 +558,14 @@ def pages() -> list[Path]:
 
 
 def written(text: str) -> str:
-    """Return a page with its tables of today. Tables that another program writes stay as they are."""
+    """Return a page with its tables of today.
+
+    Tables that another program writes stay as they are, and so do those without finished rows.
+    """
 
     def table(match: re.Match[str]) -> str:
-        name = match[2]
-        return f"{match[1]}\n{TABLES[name]}\n\n{match[3]}" if name in TABLES else match[0]
+        made = str(TABLES.get(match[2], ""))
+        return f"{match[1]}\n{made}\n\n{match[3]}" if made else match[0]
 
     return MARKED.sub(table, text)
 
