@@ -33,9 +33,12 @@ def test_every_maker_has_its_picture():
 
 
 @pytest.mark.parametrize(("page", "name"), MARKERS, ids=lambda value: getattr(value, "name", value))
-def test_a_table_has_a_maker_and_its_results_are_committed(page, name):
+def test_a_table_has_a_maker(page, name):
+    """Its results are committed, or rows of a plan that is not finished."""
     files = tables.TABLES[name].files if name in tables.TABLES else tables.OTHERS[name]
-    assert all((ROOT / file).is_file() for file in files)
+    for file in map(Path, files):
+        plan = ROOT / "benchmarks" / "studies" / f"{file.stem}.yaml"
+        assert (ROOT / file).is_file() or (file.suffix == ".jsonl" and plan.is_file())
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in MARKERS}), ids=lambda page: page.name)
