@@ -1,5 +1,7 @@
 """Weights and calibrated scores of data sets: what they are computed from, what is refused, counted and reported."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
@@ -53,6 +55,16 @@ def test_the_weights_of_a_column_have_the_mean_one(style):
 def test_the_weights_of_a_function_follow_the_score_columns(style):
     made = prepared(rows([1, 2, 0, 5]), ScoreSettings("gap"), style)
     assert weights_of(made) == [0.5, 1, 0, 2.5]
+
+
+def test_rare_scores_weigh_more_and_leave_labels_against_the_scores_as_they_are():
+    """Two of the scores are 0.5, four 0, one 1 and one 2: the products of counts are 2 * 4, 2 * 4, 1 * 4 and 1 * 4, and
+    their inverse roots 1 : sqrt(2), with the mean (1 + sqrt(2)) / 2."""
+    data = [row(0, 0.5), row(1, 0.5), row(2, 1.0), row(3, 0.0, 2.0)]
+    made = prepared(data, ScoreSettings("rarity"))
+    common = 2 / (1 + math.sqrt(2))
+    assert weights_of(made) == pytest.approx([common, common, common * math.sqrt(2), common * math.sqrt(2)])
+    assert "in 1 of 4 pairs" in str(made.report) and "gap" not in str(made.report)
 
 
 def test_pairs_without_a_number_are_left_out_counted_and_not_part_of_the_mean():

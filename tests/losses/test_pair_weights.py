@@ -44,6 +44,16 @@ def test_inverse_gap_weights_halve_at_the_mean_gap_whatever_the_scale(scale):
     assert weights("inverse_gap", given) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 2])
 
 
+@pytest.mark.parametrize("given", [(0.29, 0.1), (0.1, 0.29)])
+def test_rarity_weights_fall_with_the_number_of_alike_scores_of_winner_and_loser(given):
+    """The bins of 0.29, 0.10 and 0.57 hold 1, 4 and 3 of the eight scores. 0.29 and 0.57 divided by 0.01 in binary
+    fall just below 29 and 57."""
+    alike = scores(given, (0.57, 0.1), (0.573, 0.098), (0.568, 0.102))
+    third = 1 / math.sqrt(3 * 4)
+    for sorts in (False, True):
+        assert weights("rarity", alike, sorts) == pytest.approx([1 / 2, third, third, third])
+
+
 def test_agreement_weights_fall_with_the_spread_of_the_scorers():
     """Two scorers have the differences (1, 1) and (3, -1), and mean distances of 2 and 1. That makes (0.5, 1) and
     (1.5, -1), with standard deviations of 0.25 and 1.25."""

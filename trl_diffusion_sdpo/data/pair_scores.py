@@ -57,14 +57,14 @@ class ScoreSettings:
         return SCORER_COLUMNS if self._weighting.several_scorers else ()
 
     @property
-    def _reads_gaps(self) -> bool:
+    def _reads_score_columns(self) -> bool:
         """Whether weights are computed from the two score columns of the format."""
         return self._weighting is not None and not self._weighting.several_scorers
 
     @property
     def needs_scores(self) -> bool:
         """Whether these settings read the score columns."""
-        return self.sorts_by_scores or self._reads_gaps
+        return self.sorts_by_scores or self._reads_score_columns
 
     @property
     def _calibrates(self) -> bool:
@@ -95,7 +95,12 @@ class ScoreSettings:
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
         if not contradicted:
             return
-        effect = "the loss exchanges the two images" if self.sorts_by_scores else "their gap counts as 0"
+        if self.sorts_by_scores:
+            effect = "the loss exchanges the two images"
+        elif self._weighting is not None and self._weighting.reads_gaps:
+            effect = "their gap counts as 0"
+        else:
+            effect = "the loss keeps their labels"
         note = f"in {contradicted} of {len(dataset)} pairs, the rejected image has the higher score: {effect}"
         dataset.add_note(note)
         if peers.index == 0:

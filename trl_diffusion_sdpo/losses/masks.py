@@ -28,7 +28,8 @@ def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         `ValueError`: If the latents do not have the four dimensions of images.
 
-    Source: https://huggingface.co/papers/2601.23222, the error within a region divided by the region's size.
+    Source: after https://huggingface.co/papers/2601.23222, which divides by the size of the region in which two
+    segmentations differ. Here the masks are part of the data.
     """
     if latents.dim() != 4:
         raise UserError(f"Masks need latents of shape (N, C, h, w), got {tuple(latents.shape)}. Remove the masks.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 ROWS_AT_ONCE = 1024  # to bound memory, this many images are compared with all images of their prompt at once
+BIN = 0.01  # width of the bins in which [`rarity_weights`] counts scores
 
 
 def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
@@ -32,7 +33,7 @@ def gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
     After division by their mean ([`with_mean_one`]), the weights do not depend on the scale of the scores.
 
-    Source: the weights of VideoDPO (https://huggingface.co/papers/2412.14167) grow with the gap. The formula is ours.
+    The formula is ours.
     """
     return score_gaps(scores, sorts_by_scores=sorts_by_scores)[:, 0]
 
@@ -61,6 +62,21 @@ def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch
     return 1 / (1 + gaps / _mean(gaps))
 
 
+def rarity_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
+    """Return weights `1 / sqrt(n_w n_l)`, `(P,)`, from scores `(P, 2, 1)`: pairs with rare scores weigh more.
+
+    `n_w` and `n_l` are how many of the `2P` scores lie in the same bin of width [`BIN`] as the score of the winner and
+    of the loser. `sorts_by_scores` has no effect, because the weight stays the same if winner and loser are exchanged.
+
+    Source: VideoDPO (https://huggingface.co/papers/2412.14167), `(c / sqrt(p_w p_l))^a` with the shares `p` of all
+    scores in a bin, known to us from a summary. Division by the mean ([`with_mean_one`]) removes `c`. `a` is 1, as in
+    the published code.
+    """
+    bins = (scores[..., 0] / BIN).round()  # (P, 2); rounding keeps scores of two decimals off the edges of bins
+    _, bin_of_score, counts = bins.unique(return_inverse=True, return_counts=True)
+    return 1 / counts[bin_of_score].double().prod(dim=1).sqrt()
+
+
 def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
     """Return weights `1 / (1 + s)`, `(P,)`, from scores `(P, 2, K)` of K scorers that disagree by `s`.
 
@@ -68,7 +84,8 @@ def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.T
     the standard deviation of a pair's K differences. `sorts_by_scores` has no effect: if winner and loser are
     exchanged, all differences change sign and `s` stays the same.
 
-    Source: uncertainty-penalised DPO penalises disagreement of scorers; the formula here is ours.
+    Source: uncertainty-penalised DPO (https://huggingface.co/papers/2410.20187) penalises uncertain rewards; the
+    formula here is ours.
     """
     differences = scores[:, 0] - scores[:, 1]  # (P, K)
     scales = torch.stack([_mean(distances) for distances in differences.abs().unbind(1)])
@@ -82,17 +99,20 @@ class WeightFunction:
     Args:
         function (`Callable`): Function that takes scores `(P, 2, K)` in float64 and returns weights `(P,)`.
         several_scorers (`bool`): Whether the function compares several scorers. If `False`, K is 1.
+        reads_gaps (`bool`): Whether the function reads the gap, which is 0 if the label contradicts the scores.
     """
 
     function: Callable[..., torch.Tensor]
     several_scorers: bool = False
+    reads_gaps: bool = True
 
 
 WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
     "gap": WeightFunction(gap_weights),
     "gain": WeightFunction(gain_weights),
     "inverse_gap": WeightFunction(inverse_gap_weights),
-    "agreement": WeightFunction(agreement_weights, several_scorers=True),
+    "rarity": WeightFunction(rarity_weights, reads_gaps=False),
+    "agreement": WeightFunction(agreement_weights, several_scorers=True, reads_gaps=False),
 }
 
 

@@ -199,7 +199,8 @@ def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) -> torch.Tensor:
     """Return the robust DPO loss of each pair, `(B,)`.
 
-    Robust DPO stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong.
+    Robust DPO stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong. It is
+    not about data whose distribution shifts.
 
     Source: https://huggingface.co/papers/2403.00409, equation 12.
     """
@@ -340,7 +341,8 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """Return the APO-zero loss of each pair, `sigmoid(-r_w) + sigmoid(r_l)`, `(B,)`.
+    """Return the loss of Anchored Preference Optimization (APO-zero) for each pair, `sigmoid(-r_w) + sigmoid(r_l)`,
+    `(B,)`.
 
     `r_w` and `r_l` are the rewards of winner and loser ([`PairTerms.rewards`]). Minimising the first term lowers the
     winner's error. Minimising the second term raises the loser's error.
@@ -352,7 +354,8 @@ def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """Return the APO-down loss of each pair, `sigmoid(r_w) + sigmoid(-u)`, `(B,)`.
+    """Return the loss of Anchored Preference Optimization (APO-down) for each pair, `sigmoid(r_w) + sigmoid(-u)`,
+    `(B,)`.
 
     `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
     and raises the loser's error more. Use APO-down if the model generates better images than the winners. APO-down

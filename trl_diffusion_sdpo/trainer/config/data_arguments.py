@@ -38,9 +38,9 @@ class DataArguments:
         pair_weights (`str`, *optional*):
             Source of the weights by which the losses of training pairs are multiplied: the name of a numeric column, or
             a function of the winner's and loser's scores. The functions are `"gap"` (difference of the scores),
-            `"gain"` (difference of `2^score`), `"inverse_gap"` (larger if the scores are closer) and `"agreement"`
-            (smaller if several scorers disagree). Weights are divided by their mean over the training data. Evaluation
-            uses no weights. `pair_weights` cannot be used with streams.
+            `"gain"` (difference of `2^score`), `"inverse_gap"` (larger if the scores are closer), `"rarity"` (larger if
+            few images have such scores) and `"agreement"` (smaller if several scorers disagree). Weights are divided by
+            their mean over the training data. Evaluation uses no weights. `pair_weights` cannot be used with streams.
         calibrated_scores (`bool`, *optional*, defaults to `False`):
             Whether to replace each image's score by the image's expected share of wins against the other images of its
             prompt, before the loss and `pair_weights` read the score. Scores from `pairs score` become log-odds first.

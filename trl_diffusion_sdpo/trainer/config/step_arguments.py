@@ -85,7 +85,8 @@ class LossArguments:
 
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
-            Name of the loss, one of ALL_LOSSES. `sigmoid` is Diffusion-DPO. Several losses are summed: write
+            Name of the loss, one of ALL_LOSSES. `sigmoid` is Diffusion-DPO, `robust` is DPO for wrong labels, and
+            `apo_zero` and `apo_down` are Anchored Preference Optimization. Several losses are summed: write
             `sigmoid sft` on the command line and `[sigmoid, sft]` in YAML.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses in `loss_type`, in the same order. All weights are 1 if unset.
