@@ -72,9 +72,9 @@ def draw_front(rules: Rows) -> Figure:
                 panel.errorbar(x, y, deviation(rows), color=color, marker=marker, markersize=9, label=label)
         panel.axhline(mean(rules["base"], score), color="black", linestyle=":", linewidth=1.5)
         panel.axvline(0, color="black", linewidth=1)
-        panel.set_xscale("symlog", linthresh=10)
-        panel.set_xlim(-15, 20_000)
-        panel.set_xticks([-10, 0, 10, 100, 1000, 10_000], ["-10", "0", "+10", "+100", "+1000", "+10,000"])
+        panel.set_xscale("symlog", linthresh=3)
+        panel.set_xlim(-5, 20_000)
+        panel.set_xticks([-3, 0, 3, 30, 300, 3000], ["-3", "0", "+3", "+30", "+300", "+3000"])
         panel.margins(y=0.2)
         panel.set_ylabel("score", fontsize=12)
     axes[-1].set_xlabel("winners' error, per cent", fontsize=12)
@@ -271,6 +271,12 @@ PICTURES = {
     "guidance_grid.png": Picture(
         draw_guidance, (f"{STUDIES}/guidance_images.json",), (f"{STUDIES}/guidance_images.png",)
     ),
+}
+
+# Pictures that another program draws -> that program, and its results.
+OTHERS = {
+    "preferred_images.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
+    "demo_curves.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
 }
 
 

@@ -540,7 +540,14 @@ TABLES = {
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
 }
 # Tables that another program writes between the same markers -> that program, and its results.
-OTHERS = {"overhead": ("benchmarks/safeguard_overhead.py", f"{BENCHMARKS}/safeguard_overhead.json")}
+ASSUMPTIONS = (
+    "benchmarks/assumptions.py",
+    *(f"{BENCHMARKS}/assumptions_{model}.json" for model in ("unet", "transformer")),
+)
+OTHERS = {
+    "overhead": ("benchmarks/safeguard_overhead.py", f"{BENCHMARKS}/safeguard_overhead.json"),
+    **dict.fromkeys(("isometry", "promises", "rises", "sigmoid", "lambda_by_noise"), ASSUMPTIONS),
+}
 
 
 @functools.cache
