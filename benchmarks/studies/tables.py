@@ -464,6 +464,28 @@ def planned_memory(rows: list[dict[str, Any]]) -> str:
     return markdown(columns, lines)
 
 
+FLOPS = (  # model in the results -> label, and the forward passes that a backward pass counts as
+    ("sd15", "Stable Diffusion 1.5, 512", "LoRA", 1),
+    ("sdxl", "SDXL, 1024", "LoRA", 1),
+    ("sdxl", "SDXL, 1024", "all weights", 2),
+    ("sd35-medium", "SD 3.5 Medium, 1024", "LoRA", 1),
+    ("flux-dev", "FLUX.1 dev, 1024", "LoRA", 1),
+)
+
+
+def pair_flops(counted: dict[str, dict[str, int]]) -> str:
+    """TFLOP of a pair: two images encoded and one prompt, two predictions of the reference, and two trained ones."""
+    lines = []
+    for model, label, tuning, backward in FLOPS:
+        tera = {name: value / 1e12 for name, value in counted[model].items()}
+        trained = 2 * (1 + backward) * tera["denoiser"]
+        cached = trained + 2 * tera["denoiser"]
+        whole = cached + 2 * tera["vae"] + tera["text"]
+        lines.append([label, tuning, f"{whole:.1f}", f"{cached:.1f}", f"{trained:.1f}"])
+    columns = ["Model, side of the image in pixels", "Tuning", "Without caches", "With `precompute_latents`"]
+    return markdown([*columns, "Also with `precompute_ref_errors`"], lines)
+
+
 STEPS = {  # (part, tuning) of step_time.py -> label
     ("authors", "full"): "our step / the step of the Diffusion-SDPO authors' script",
     ("both", "full"): "our step with both caches / the step of the authors' script",
@@ -536,6 +558,7 @@ TABLES = {
     "masks": _of_plans(masks, "masks"),
     "edits": Table(edits, (f"{STUDIES}/edit.json",)),
     "planned_memory": Table(planned_memory, (f"{BENCHMARKS}/planned_memory.json",)),
+    "pair_flops": Table(pair_flops, (f"{BENCHMARKS}/pair_flops.json",)),
     "step_time": Table(step_time, (f"{BENCHMARKS}/step_time.json",)),
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
 }

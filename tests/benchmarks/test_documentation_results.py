@@ -107,3 +107,25 @@ def test_tiles_are_read_as_they_were_written(tmp_path, monkeypatch):
     pictures.write_tiles(tmp_path / "tiles.png", tiles)
     monkeypatch.setattr(pictures, "ROOT", tmp_path)
     assert np.array_equal(pictures.read_tiles("tiles.png"), tiles)
+
+
+def test_a_line_of_a_page_is_found_again_by_the_words_before_its_numbers():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import page_outputs
+
+    printed = (
+        "noise\nstep 20  evaluation  loss 0.5000  winner 0.1\nstep 40  loss 0.4\nVerdict: worse. At step 40, 2%.\n"
+    )
+    shown = "step 20  evaluation  loss 0.6933  winner 0.2\n...\nVerdict: better. At step 40, 1%.\n"
+    expected = "step 20  evaluation  loss 0.5000  winner 0.1\n...\nVerdict: worse. At step 40, 2%.\n"
+    assert page_outputs.refreshed(shown, printed) == expected
+    with pytest.raises(ValueError, match="step 60"):
+        page_outputs.refreshed("step 60  loss 0.1\n", printed)
+
+
+def test_the_flops_of_a_pair_add_up():
+    """Two images and a prompt are encoded, and six predictions count for a LoRA: 2 + 0.5 + 6 times 3."""
+    counted = {"vae": 1e12, "text": 5e11, "denoiser": 3e12}
+    shown = tables.pair_flops(dict.fromkeys(("sd15", "sdxl", "sd35-medium", "flux-dev"), counted))
+    assert "| SDXL, 1024 | LoRA | 20.5 | 18.0 | 12.0 |" in shown
+    assert "| SDXL, 1024 | all weights | 26.5 | 24.0 | 18.0 |" in shown
