@@ -3,6 +3,7 @@
 # make bench            our step against hand-written ones, the cost of the safeguard, and more: under 10 minutes on the CPU
 # make bench-gpu PYTHON=python3   speed and memory of published sizes on a GPU; call it again to continue
 # make real-run PYTHON=python3    train five arms of SD1.5 on real pairs and compare them: days on one GPU, MINUTES=10 a call
+# make tables           write the tables and pictures of the documentation from the committed results
 # make test-distributed all settings under the engines, with two processes on the CPU
 # make test-families    train every model family, as a LoRA and in full
 # make test-trainer     the trainer's settings in all combinations
@@ -35,7 +36,7 @@ LIBRARY_TESTS := tests/trainer/test_borrowed_names.py tests/data tests/trainer/t
 	tests/invariant/test_artefacts.py tests/saving/test_checkpoints.py tests/cli/test_options.py \
 	tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/tools/rewards
 
-.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-newest test-pythons bench bench-gpu real-run lint docs dist clean
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-newest test-pythons bench bench-gpu real-run tables lint docs dist clean
 
 demo: $(VENV)/installed
 	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. Each call starts over."
@@ -98,6 +99,10 @@ bench-gpu:
 # Uses your Python too. Exit code 130: pieces are left, and another call goes on. Without MINUTES, one call makes all.
 real-run:
 	PYTHONPATH=. $(PYTHON) benchmarks/real_run.py benchmarks/real_run.yaml $(if $(MINUTES),--minutes $(MINUTES))
+
+tables: $(VENV)/installed
+	PYTHONPATH=. $(BIN)/python benchmarks/studies/tables.py
+	PYTHONPATH=. $(BIN)/python benchmarks/studies/pictures.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)

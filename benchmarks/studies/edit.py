@@ -4,9 +4,10 @@ A small FLUX.1 Kontext is trained from scratch to recolour drawings ("make it re
 Then it is trained on pairs of a good and a flawed edit of the same drawing, in 60 steps, once with the safeguard and
 once without. The oracle scores its edits of drawings before and after.
 
-    python benchmarks/studies/edit.py --output bench_output/edit
+    python benchmarks/studies/edit.py
+    python benchmarks/studies/pictures.py edit_grid.png
 
-It takes about ten minutes on one core. A second call takes the base from the first.
+It takes about ten minutes on one core. A second call takes the base from the first. The results are kept in `results`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from pictures import write_tiles
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -45,6 +47,7 @@ WIDTH = 64  # of the T5 encoder
 SHAPE = 64  # width of an attention head; there are two
 FLAWED = 0.5  # share of the base's training edits with a flaw
 CALL = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_area": IMAGE_SIZE**2, "num_inference_steps": 12}
+DRAWN = 6  # edits that are kept as images, for the picture
 RUNS = {
     "DPO": {"safeguard": "none"},
     "output space, mu 0.6": {"safeguard": "output", "safeguard_mu": 0.6},
@@ -214,24 +217,10 @@ def tune(base: Path, run: dict, steps: int, output: Path) -> tuple[FluxKontextPi
     return trainer.pipeline, [change for change in changes if change is not None][-1]
 
 
-def draw_grid(columns: dict[str, np.ndarray], path: Path, rows: int = 6, side: int = 96) -> None:
-    """Draw the first images of each column side by side, enlarged, under their names."""
-    import matplotlib.pyplot as plt
-
-    rows = min(rows, *map(len, columns.values()))
-    figure, axes = plt.subplots(rows, len(columns), figsize=(1.5 * len(columns), 1.45 * rows))
-    for column, (name, images) in enumerate(columns.items()):
-        axes[0, column].set_title(name.replace(", ", "\n"), fontsize=9)
-        for row in range(rows):
-            axes[row, column].imshow(images[row])
-            axes[row, column].set_axis_off()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("bench_output/edit"))
+    parser.add_argument("--output", type=Path, default=Path("bench_output/edit"), help="folder of the base")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--base_steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32, help="of the base's training")
     parser.add_argument("--steps", type=int, default=60, help="on pairs")
@@ -256,8 +245,9 @@ def main() -> None:
         results[name] = {"score": float(after.mean()), "gain": gain, "standard_error": error, "winners": change}
         print(name, results[name], flush=True)
     columns["wanted"] = np.stack([render(replace(source, colour=colour)) for source, colour in wanted])
-    draw_grid(columns, options.output / "edit_grid.png")
-    (options.output / "results.json").write_text(json.dumps(results, indent=1))
+    options.results.mkdir(parents=True, exist_ok=True)
+    write_tiles(options.results / "edit_images.png", np.stack([images[:DRAWN] for images in columns.values()], axis=1))
+    (options.results / "edit.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=1))
 
 

@@ -1,163 +1,241 @@
-"""Draw the pictures of the documentation.
+"""Draw the pictures of the documentation from committed results.
 
-    make demo && python benchmarks/studies/pictures.py demo docs/images/preferred_images.png
-    python benchmarks/studies/pictures.py front docs/images/front.png
-    python benchmarks/studies/pictures.py guidance docs/images/guidance_grid.png
+    python benchmarks/studies/pictures.py                   # all pictures
+    python benchmarks/studies/pictures.py front.png         # one
+    python benchmarks/studies/pictures.py --measure         # new images for `guidance_grid.png`: trains what is missing
 
-`demo` draws the errors and scores of a run of the demo. `front` draws the stored rows of the study `front`. `guidance`
-draws images of equal noise by the models of the study `guided_front`. It reads their weights from `bench_output`, and
-trains those that are missing.
+Phones show a picture at 360 pixels, so all text is large.
 """
 
+import argparse
 import json
 import logging
+import statistics
 import sys
 import warnings
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from study import BASE, Study, load_plan
+from PIL import Image
+from tables import CONSTANTS, KINDS, RULES, Rows, read, score, winners
 
-from trl_diffusion_sdpo.tools.demo.oracle import oracle, oracle_parts
-from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
-from trl_diffusion_sdpo.tools.demo.world import captions
-
-# ---- Curves ---------------------------------------------------------------------------------------------------------
-
-DEMO_RESULTS = Path("demo_output/results.json")
-METHODS = {
-    "dpo": ("Diffusion-DPO", "#d55e00", "v"),
-    "sdpo": ("Diffusion-SDPO", "#009e73", "o"),
-    "sdpo_recipe": ("Diffusion-SDPO,\nrecipe", "#aa4499", "P"),
-}
-FRONT_RESULTS = Path(__file__).parent / "results/front.jsonl"
-RULES = {  # rule in the results -> label, color, marker
-    "SFT, decay, longer": ("supervised, decay, 800 steps", "#555555", "s"),
-    "output": ("output space", "#0072b2", "o"),
-    "output, decay": ("output space, decay", "#56b4e9", "o"),
-    "parameter, decay": ("parameter space, decay", "#d55e00", "^"),
-    "parameter, decay, longer": ("parameter space, decay, 800 steps", "#aa4499", "^"),
-}
-BY_BIN = (("output", 0.6), ("output, decay", 0.6), ("parameter, decay", 0.8), ("parameter, decay, longer", 0.8))
+ROOT = Path(__file__).parents[2]
+IMAGES = ROOT / "docs/images"
+STUDIES = "benchmarks/studies/results"
+WIDTH = 4.8  # inches; 12 points are then 12 pixels on a phone
+DPI = 200
+SIDE = 32  # of the embedded world's images
 
 
-def two_panels(height: float, *titles: str, **settings: Any) -> tuple[Figure, Any, Any]:
-    """Return a figure with two panels. Its text is large, because phones show the picture at 360 pixels."""
-    figure = Figure(figsize=(6.4, height), dpi=200, layout="constrained")
-    panels = figure.subplots(2, 1, **settings)
-    for panel, title in zip(panels, titles, strict=True):
-        panel.set_title(title, fontsize=14, loc="left", fontweight="bold")
-        panel.tick_params(labelsize=12)
+def panels(height: float, *titles: str, **settings: Any) -> tuple[Figure, list[Any]]:
+    """Return a figure of panels below each other."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    axes = list(figure.subplots(len(titles), 1, squeeze=False, **settings)[:, 0])
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize=13, loc="left", fontweight="bold")
+        panel.tick_params(labelsize=11)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
-    return figure, *panels
+    return figure, axes
 
 
-def draw_demo() -> Figure:
-    """Draw the error on preferred images, and the score of new images."""
-    results = json.loads(DEMO_RESULTS.read_text(encoding="utf-8"))
-    titles = "Change of error on held-out preferred images", "Score of generated images"
-    figure, errors, scores = two_panels(6.2, *titles, sharex=True)
-    for method in results["methods"]:
-        if method["key"] in METHODS:
-            label, color, marker = METHODS[method["key"]]
-            style = {"color": color, "marker": marker, "linewidth": 2.5, "label": label}
-            curves = method["curves"]
-            errors.plot(curves["steps"], curves["winner_change"], **style)
-            scores.plot(curves["steps"], [point["mean"] for point in curves["oracle"]], **style)
-    for panel, before, meaning in ((errors, 0.0, "up is worse"), (scores, results["base"]["oracle"], "up is better")):
-        panel.axhline(before, color="black", linestyle=":", linewidth=1.5)
-        panel.set_ylabel(meaning, fontsize=13)
-    errors.annotate("before training", (240, 0), (0, -15), textcoords="offset points", ha="right", fontsize=12)
-    errors.set_ylim(bottom=-0.06)
-    errors.legend(fontsize=13, frameon=False, loc="upper left")
-    scores.set_xlabel("training step", fontsize=13)
-    return figure
+# ---- The safeguard --------------------------------------------------------------------------------------------------
 
-
-def draw_front() -> Figure:
-    """Draw the score against the change of the winners' error, and this change by noise bin."""
-    rows = defaultdict(list)
-    for line in FRONT_RESULTS.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["pairs"] == "off_policy" and row["push"] == "stress" and row["rule"] in RULES:
-            rows[row["rule"], row["strength"]].append(row["measured"]["final"]["raw"])
-    titles = "Score, by the change of the winners' error", "Change of the winners' error, by noise bin"
-    figure, score, bins = two_panels(9.4, *titles, height_ratios=(3, 2))
-    for rule, (label, color, marker) in RULES.items():
-        strengths = sorted(strength for name, strength in rows if name == rule)
-        errors = [np.mean([seed["winner"] for seed in rows[rule, strength]]) for strength in strengths]
-        scores = [np.mean([seed["oracle"] for seed in rows[rule, strength]]) for strength in strengths]
-        score.plot(errors, scores, color=color, marker=marker, markersize=8, linewidth=2, label=label)
-        for strength, x, y in zip(strengths, errors, scores, strict=True):
-            if strength:
-                score.annotate(f"{strength:g}", (x, y), (6, 5), textcoords="offset points", fontsize=12)
-    for rule, strength in BY_BIN:
-        levels = np.mean([seed["winner_levels"] for seed in rows[rule, strength]], axis=0)
-        _, color, marker = RULES[rule]
-        bins.plot(100 * levels, color=color, marker=marker, linewidth=2)
-    score.axvline(0, color="black", linewidth=1)
-    score.set_xscale("symlog", linthresh=0.001)
-    score.set_xlabel("change of the winners' error", fontsize=13)
-    score.set_ylabel("oracle score", fontsize=13)
-    score.legend(fontsize=12, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=1)
-    bins.axhline(0, color="black", linewidth=1)
-    bins.set_xlabel("noise bin, from clean to noisy (mu 0.6 or 0.8)", fontsize=13)
-    bins.set_ylabel("per cent", fontsize=13)
-    return figure
-
-
-# ---- Images of equal noise ------------------------------------------------------------------------------------------
-
-SEED = 3
-NOISES = 4  # initial noises of each prompt, from which the best image of the base is taken
-ROWS = 4
-SHAPES = ("square", "triangle")  # at 32 pixels, the base's circles and crosses are hard to tell from these
-# Title -> row of the plan, and scale of classifier-free guidance. The scales are those of the page "Measurements".
-COLUMNS = {
-    "base": (BASE, 5.0),
-    "DPO": ("DPO", 3.0),
-    "loose SDPO": ("loose SDPO", 2.0),
-    "recipe": ("recipe", 5.0),
-    "recipe, guided\nat low noise": ("recipe, guided 4 at low noise", 3.0),
+STYLES = {  # label of a rule -> color, marker
+    "output space, mu 0.6": ("#0072b2", "o"),
+    "output space, mu 0.8": ("#56b4e9", "o"),
+    "parameter space, mu 0.6": ("#d55e00", "^"),
+    "parameter space, mu 0.8": ("#aa4499", "^"),
 }
 
 
-def draw_guidance() -> Figure:
-    """Draw images by the base model and the tuned ones, in a column each."""
+def draw_front(rules: Rows) -> Figure:
+    """Draw the score against the winners' error on each kind of pairs: constants as a line, rules as points."""
+    kinds = [kind for kind in KINDS if all(rules.get(f"{kind}, {name}") for name in (*CONSTANTS, *RULES))]
+    figure, axes = panels(1.2 + 2.1 * len(kinds), *(f"{KINDS[kind]} pairs" for kind in kinds), sharex=True)
+    for panel, kind in zip(axes, kinds, strict=True):
+        fixed = {name.removeprefix("constant "): rules[f"{kind}, {name}"] for name in CONSTANTS}
+        fixed["DPO"] = rules[f"{kind}, DPO"]
+        line = [(100 * mean(rows, winners), mean(rows, score)) for rows in fixed.values()]
+        panel.plot(*zip(*line, strict=True), color="#777777", marker=".", markersize=9, linewidth=2, label="constants")
+        for name, (x, y) in zip(fixed, line, strict=True):
+            panel.annotate(name, (x, y), (5, -13), textcoords="offset points", fontsize=10, color="#555555")
+        for name, label in RULES.items():
+            if label in STYLES:
+                color, marker = STYLES[label]
+                rows = rules[f"{kind}, {name}"]
+                x, y = 100 * mean(rows, winners), mean(rows, score)
+                panel.errorbar(x, y, deviation(rows), color=color, marker=marker, markersize=9, label=label)
+        panel.axhline(mean(rules["base"], score), color="black", linestyle=":", linewidth=1.5)
+        panel.axvline(0, color="black", linewidth=1)
+        panel.set_xscale("symlog", linthresh=3)
+        panel.set_xlim(-5, 20_000)
+        panel.set_xticks([-3, 0, 3, 30, 300, 3000], ["-3", "0", "+3", "+30", "+300", "+3000"])
+        panel.margins(y=0.2)
+        panel.set_ylabel("score", fontsize=12)
+    axes[-1].set_xlabel("winners' error, per cent", fontsize=12)
+    axes[-1].legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.3))
+    return figure
+
+
+def mean(rows: list[Any], value: Callable[[Any], float]) -> float:
+    return statistics.mean(map(value, rows))
+
+
+def deviation(rows: list[Any]) -> float:
+    """Return the standard error of the scores, or 0 for one seed."""
+    return statistics.stdev(map(score, rows)) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
+
+
+# ---- Sizes ----------------------------------------------------------------------------------------------------------
+
+
+def draw_aspect_ratios() -> Figure:
+    """Draw the sizes at 1024 pixels, and how much of an image is cropped."""
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+
+    from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
+
+    figure, (sizes, cropped) = panels(7.6, "Sizes at resolution 1024", "Cropped share of an image")
+    buckets = AspectRatioBuckets((1024, 1024))
+    published = np.array(sorted(ASPECT_RATIO_1024_BIN.values()))
+    ours = np.array(buckets.sizes)
+    widths = np.linspace(480, 2080, 200)
+    sizes.plot(widths, 1024**2 / widths, color="black", linewidth=1.5, label="area of 1024 x 1024")
+    sizes.plot(published[:, 1], published[:, 0], ".", color="#999999", markersize=9, label="other sizes of SDXL")
+    sizes.plot(ours[:, 1], ours[:, 0], "o", color="#0072b2", markersize=8, label="sizes of the trainer")
+    sizes.set_xlabel("width, pixels", fontsize=12)
+    sizes.set_ylabel("height, pixels", fontsize=12)
+    sizes.legend(fontsize=11, frameon=False)
+    ratios = np.geomspace(0.4, 2.5, 400)
+    for label, color, allowed in (
+        ("square", "#d55e00", ((1, 1),)),
+        ("sizes at 512", "#999999", AspectRatioBuckets((512, 512)).sizes),
+        ("sizes at 1024", "#0072b2", buckets.sizes),
+    ):
+        shapes = np.array([width / height for height, width in allowed])
+        nearest = shapes[np.abs(np.log(ratios[:, None] / shapes)).argmin(1)]
+        cropped.plot(
+            ratios, 100 * (1 - np.exp(-np.abs(np.log(ratios / nearest)))), color=color, linewidth=2, label=label
+        )
+    cropped.set_xscale("log")
+    cropped.set_xticks([0.5, 2 / 3, 1, 3 / 2, 2], ["1:2", "2:3", "1:1", "3:2", "2:1"])
+    cropped.minorticks_off()
+    cropped.set_xlabel("width to height of the image", fontsize=12)
+    cropped.set_ylabel("per cent of its area", fontsize=12)
+    cropped.legend(fontsize=11, frameon=False, loc="upper center")
+    return figure
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
+
+
+def read_tiles(file: str) -> np.ndarray:
+    """Read images that are stored side by side in one: `(rows, columns, 32, 32, 3)`."""
+    pixels = np.asarray(Image.open(ROOT / file).convert("RGB"))
+    rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
+    return pixels.reshape(rows, SIDE, columns, SIDE, 3).transpose(0, 2, 1, 3, 4)
+
+
+def write_tiles(path: Path, tiles: np.ndarray) -> None:
+    """Write images `(rows, columns, 32, 32, 3)` side by side into one."""
+    rows, columns = tiles.shape[:2]
+    Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * SIDE, columns * SIDE, 3)).save(path)
+
+
+def grid(tiles: np.ndarray, columns: list[str], rows: list[str], scores: list[list[float]] | None = None) -> Figure:
+    """Draw images `(rows, columns, 32, 32, 3)` under the names of their columns."""
+    count, width = tiles.shape[:2]
+    figure = Figure(figsize=(WIDTH, 0.6 + count * WIDTH / width * (1.1 if scores is None else 1.3)), dpi=DPI)
+    axes: Any = figure.subplots(count, width)
+    for row in range(count):
+        for column in range(width):
+            panel = axes[row, column]
+            panel.imshow(tiles[row, column], interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            if scores is not None:
+                panel.set_xlabel(f"{scores[row][column]:.2f}", fontsize=11, labelpad=2)
+    for panel, name in zip(axes[0], columns, strict=True):
+        panel.set_title(name, fontsize=10)
+    for panel, name in zip(axes[:, 0], rows, strict=True):
+        panel.set_ylabel(name, fontsize=10)
+    figure.tight_layout(pad=0.3)
+    return figure
+
+
+def draw_edits() -> Figure:
+    names = ["source", "base", "DPO", "output\nmu 0.6", "param.\nmu 0.8", "wanted"]
+    return grid(read_tiles(f"{STUDIES}/edit_images.png"), names, [""] * 6)
+
+
+def draw_guidance(facts: dict[str, Any]) -> Figure:
+    return grid(read_tiles(f"{STUDIES}/guidance_images.png"), facts["columns"], facts["prompts"], facts["scores"])
+
+
+SEED = 0
+NOISES = 4  # initial noises of each prompt, from which the best image of the base is taken
+SHOWN = 4  # prompts
+SHAPES = ("square", "triangle")  # at 32 pixels, the base's circles and crosses are hard to tell from these
+COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {  # title -> row of the plan `rules`, and preference guidance
+    "base": ("base", {}),
+    "DPO": ("off_policy, DPO", {}),
+    "output\nmu 0.6": ("off_policy, output 0.6", {}),
+    "param.\nmu 0.8": ("off_policy, parameter 0.8", {}),
+    "param.,\nguided": ("off_policy, parameter 0.8", {"guidance": {"scale": 4.0, "interval": [0.0, 0.62]}}),
+}
+
+
+def measure_guidance(weights: Path) -> None:
+    """Generate the images of `guidance_grid.png`, each column at its best scale of classifier-free guidance."""
+    import torch
+    from study import Study, load_plan
+
+    from trl_diffusion_sdpo.tools.demo.oracle import oracle
+
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("trl_diffusion_sdpo").setLevel(logging.ERROR)
-    study = Study(load_plan("guided_front"), Path("bench_output/guided_front"))
-    prompts, latents = drawn_prompts(study)
-    figure = Figure(figsize=(1.55 * len(COLUMNS), 1.75 * len(prompts)), dpi=110)
-    axes = figure.subplots(len(prompts), len(COLUMNS))
-    for index, (title, (row, scale)) in enumerate(COLUMNS.items()):
-        images = images_of_row(study, row, scale, prompts, latents)
-        scores = oracle(images, prompts)
-        axes[0, index].set_title(title, fontsize=11)
-        for line, image in enumerate(images):
-            axis = axes[line, index]
-            axis.imshow(image)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_xlabel(f"{scores[line]:.2f}", fontsize=10)
-    for line, prompt in enumerate(prompts):
-        axes[line, 0].set_ylabel(prompt.replace(" on ", "\non "), fontsize=10)
-    figure.tight_layout(pad=0.5)
-    return figure
+    study = Study(load_plan("rules"), weights)
+    chosen: tuple[list[str], Any] | None = None
+    tiles, scores, scales = [], [], []
+    for row, sampled in COLUMNS.values():
+        pipeline = study.load_base()
+        if row != "base":
+            pipeline.unet.load_state_dict(study.trained(row, SEED, "trained"))
+        context = study.guidance(sampled, SEED)
+        found = {scale: study.images(pipeline, "selection", SEED, scale, context)["score"] for scale in study.scales}
+        scale = max(found, key=found.__getitem__)
+        chosen = chosen or drawn_prompts(study, pipeline, scale)
+        with torch.no_grad():
+            images = study.model.generate_images(pipeline, *chosen, guidance_scale=scale, context=context)
+        tiles.append(images)
+        scores.append([round(float(value), 3) for value in oracle(images, chosen[0])])
+        scales.append(scale)
+    assert chosen is not None
+    prompts = [prompt.replace(" on ", "\non ") for prompt in chosen[0]]
+    facts = {"columns": list(COLUMNS), "prompts": prompts, "scales": scales, "seed": SEED}
+    facts["scores"] = np.transpose(scores).tolist()
+    write_tiles(ROOT / f"{STUDIES}/guidance_images.png", np.stack(tiles, axis=1))
+    (ROOT / f"{STUDIES}/guidance_images.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def drawn_prompts(study: Study) -> tuple[list[str], torch.Tensor]:
+def drawn_prompts(study: Any, pipeline: Any, scale: float) -> tuple[list[str], Any]:
     """Return prompts that the base model draws well, each of another colour, and the noise of each. The base often
     draws another shape than the prompt names."""
+    import torch
+
+    from trl_diffusion_sdpo.tools.demo.oracle import oracle, oracle_parts
+    from trl_diffusion_sdpo.tools.demo.world import captions
+
     prompts = [prompt for prompt in study.prompts["final"] for _ in range(NOISES)]
-    latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=torch.Generator().manual_seed(SEED))
-    images = generate_images(load_base_pipeline(), prompts, latents, guidance_scale=COLUMNS["base"][1])
+    generator = torch.Generator().manual_seed(SEED)
+    latents = torch.randn(len(prompts), *study.model.LATENT_SHAPE, generator=generator)
+    with torch.no_grad():
+        images = study.model.generate_images(pipeline, prompts, latents, guidance_scale=scale)
     scores = oracle(images, prompts).numpy()
     shapes = oracle_parts(images, prompts).shape  # 0 for another shape
     content = {caption.text: caption for caption in captions()}
@@ -166,21 +244,58 @@ def drawn_prompts(study: Study) -> tuple[list[str], torch.Tensor]:
         caption = content[prompts[index]]
         if shapes[index] > 0 and caption.shape in SHAPES:
             best.setdefault(caption.colour, int(index))
-    chosen = list(best.values())[:ROWS]
-    return [prompts[index] for index in chosen], latents[chosen]
+    shown = list(best.values())[:SHOWN]
+    return [prompts[index] for index in shown], latents[shown]
 
 
-def images_of_row(study: Study, row: str, guidance_scale: float, prompts: list[str], latents: torch.Tensor) -> Any:
-    settings = {} if row == BASE else study.plan["rows"][row]
-    pipeline = load_base_pipeline()
-    if row != BASE:
-        pipeline.unet.load_state_dict(study.trained(settings.get("of", row), SEED, "trained"))
-    context = study.guidance(settings, SEED)
-    with torch.no_grad():
-        return generate_images(pipeline, prompts, latents, guidance_scale=guidance_scale, context=context)
+# ---- The table of pictures ------------------------------------------------------------------------------------------
 
 
-PICTURES = {"demo": draw_demo, "front": draw_front, "guidance": draw_guidance}
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the documentation: results under the root -> figure. JSON and rows are the function's arguments."""
+
+    draw: Callable[..., Figure]
+    results: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        figure = self.draw(*(read(file) for file in self.results))
+        figure.savefig(path, metadata={"Software": None})
+
+
+PICTURES = {
+    "aspect_ratios.png": Picture(draw_aspect_ratios),
+    "edit_grid.png": Picture(draw_edits, images=(f"{STUDIES}/edit_images.png",)),
+    "front.png": Picture(draw_front, (f"{STUDIES}/rules.jsonl",)),
+    "guidance_grid.png": Picture(
+        draw_guidance, (f"{STUDIES}/guidance_images.json",), (f"{STUDIES}/guidance_images.png",)
+    ),
+}
+
+# Pictures that another program draws -> that program, and its results.
+OTHERS = {
+    "preferred_images.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
+    "demo_curves.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(PICTURES)}; all if unset")
+    parser.add_argument("--measure", action="store_true", help="generate the images of guidance_grid.png first")
+    parser.add_argument("--weights", type=Path, default=Path("bench_output/weights"), help="of the study's rows")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(PICTURES)
+    if unknown:
+        parser.error(f"there is no picture {', '.join(sorted(unknown))}; the pictures are {', '.join(PICTURES)}")
+    if options.measure:
+        measure_guidance(options.weights)
+    for name in options.names or PICTURES:
+        PICTURES[name].save(IMAGES / name)
+        print(f"Wrote docs/images/{name}")
+    return 0
+
 
 if __name__ == "__main__":
-    PICTURES[sys.argv[1]]().savefig(sys.argv[2])
+    sys.exit(main())

@@ -10,6 +10,7 @@ weights in bench_output, so a second call makes the missing rows only.
     python benchmarks/studies/study.py rules
     python benchmarks/studies/study.py rules --rows base "off_policy, DPO" --seeds 0
     python benchmarks/studies/study.py rules --report
+    python benchmarks/studies/study.py --write          # write the tables of all plans into the documentation
 """
 
 import argparse
@@ -283,7 +284,7 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
 
 def is_current(plan: dict[str, Any], name: str, row: dict[str, Any] | None) -> bool:
     """Return whether a finished row was made with the plan's settings of today."""
-    return row is not None and row["settings"] == plan["rows"][name] and row["protocol"] == protocol(plan)
+    return row is not None and row["settings"] == plan["rows"][name] and row.get("protocol") == protocol(plan)
 
 
 def protocol(plan: dict[str, Any]) -> dict[str, Any]:
@@ -356,13 +357,20 @@ def mean(rows: list[dict[str, Any]], part: str, name: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", help="name of a plan beside this script, or the path of a YAML file")
+    parser.add_argument("plan", nargs="?", help="name of a plan beside this script, or the path of a YAML file")
     parser.add_argument("--rows", nargs="+", help="these rows only")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds only, such as in a second process")
     parser.add_argument("--file", type=Path, help="file of the finished rows; results/PLAN.jsonl if unset")
     parser.add_argument("--weights", type=Path, default=Path("bench_output/weights"), help="folder of trained weights")
     parser.add_argument("--report", action="store_true", help="print the table of the finished rows, train nothing")
+    parser.add_argument("--write", action="store_true", help="write the tables of all plans into the documentation")
     options = parser.parse_args(arguments)
+    if options.write:
+        import tables
+
+        return tables.main([])
+    if options.plan is None:
+        parser.error("name a plan, or pass --write")
     try:
         plan = load_plan(options.plan)
     except ValueError as error:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,10 +142,10 @@ def test_a_plan_with_an_unknown_form_of_guidance_is_refused(tmp_path):
 @pytest.mark.matrix
 def test_the_study_of_edits_runs(tmp_path):
     sizes = ("--base_steps", "2", "--batch", "2", "--steps", "1", "--edits", "6")
-    run("studies/edit.py", "--output", str(tmp_path), *sizes)
-    results = json.loads((tmp_path / "results.json").read_text())
+    run("studies/edit.py", "--output", str(tmp_path), "--results", str(tmp_path), *sizes)
+    results = json.loads((tmp_path / "edit.json").read_text())
     assert list(results) == ["base", "DPO", "output space, mu 0.6", "parameter space, mu 0.8"]
-    assert (tmp_path / "edit_grid.png").stat().st_size > 10_000
+    assert Image.open(tmp_path / "edit_images.png").size == (6 * 32, 6 * 32)
 
 
 @pytest.mark.matrix
