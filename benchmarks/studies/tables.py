@@ -280,6 +280,20 @@ def kinds(rules: Rows) -> str:
     return markdown(columns, lines, note(usual, without))
 
 
+def one_setting(rules: Rows) -> str:
+    """What one rule or constant costs and gains on each kind of pairs."""
+    usual = seeds_of(rules.values())
+    lines = []
+    for name, label in {**RULES, **CONSTANTS}.items():
+        made = [rules.get(f"{kind}, {name}", []) for kind in KINDS]
+        cells = [f"{number(rows).split(' ')[0]}, {share(rows).split(' ±')[0]}" if rows else "" for rows in made]
+        errors = [100 * statistics.mean(map(winners, rows)) for rows in made if rows]
+        spread = f"{min(errors):+.0f} to {max(errors):+.0f} %" if errors else ""
+        lines.append([label, *cells, spread])
+    columns = ["Training", *KINDS.values(), "Winners' error over the kinds"]
+    return markdown(columns, lines, note(usual, "Each cell has the score and the winners' error"))
+
+
 def gentle(gentle: Rows) -> str:
     """All rules and constants with gentle settings."""
     return kinds(gentle)
@@ -546,6 +560,7 @@ TABLES = {
     "safeguard_short": _of_plans(safeguard_short, "rules", "variants"),
     "constants": _of_plans(constants, "rules", "gentle"),
     "kinds": _of_plans(kinds, "rules"),
+    "one_setting": _of_plans(one_setting, "rules"),
     "gentle": _of_plans(gentle, "gentle"),
     "aligned": _of_plans(aligned, "rules"),
     "on_policy": _of_plans(on_policy, "rules"),
