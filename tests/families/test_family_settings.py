@@ -43,7 +43,7 @@ def drawn_timesteps(trainer, channels=4, side=8):
 
 @pytest.mark.parametrize(("name", "given", "expected"), [("flux", None, 1.0), ("flux2", 2.0, 2.0)])
 def test_guidance_reaches_the_transformer_of_policy_and_reference(trainer_of, name, given, expected):
-    trainer, met = trainer_of(name, guidance_scale=given, max_steps=1), []
+    trainer, met = trainer_of(name, guidance_scale=given, max_steps=1, safeguard="output"), []
 
     trainer.denoiser.register_forward_pre_hook(
         lambda module, args, inputs: met.append(inputs["guidance"]), with_kwargs=True
