@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import json
-import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from studies import small_transformer
+from studies.tables import written
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
@@ -651,15 +651,11 @@ def report(folder: Path, page: Path) -> None:
     """Write the tables between their markers in the page, from the results of all models, and print them."""
     files = {model: folder / f"assumptions_{model}.json" for model in MODELS}
     results = {model: json.loads(file.read_text()) for model, file in files.items() if file.is_file()}
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    for name, table in TABLES.items():
-        lines = "\n".join(table(results))
+    shown = {name: "\n".join(table(results)) for name, table in TABLES.items()}
+    for name, lines in shown.items():
         print(f"\n{name}\n\n{lines}")
-        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
-        if found := marked.search(text):
-            text = f"{text[: found.end(1)]}\n{lines}\n\n{text[found.start(2) :]}"
-    if text:
-        page.write_text(text, encoding="utf-8")
+    if page.is_file():
+        page.write_text(written(page.read_text(encoding="utf-8"), shown), encoding="utf-8")
 
 
 def main() -> None:

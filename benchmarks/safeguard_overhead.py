@@ -24,9 +24,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from doc_tables import write_table
 from peft import LoraConfig
 from random_pipeline import UNETS, build_pipeline, random_pairs
+from studies.tables import written
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -46,6 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 PLAIN = "none"
 RESULTS = Path(__file__).parent / "results" / "safeguard_overhead.json"
+PAGE = Path(__file__).parents[1] / "docs/safeguard.md"
 # Mode -> its words in the table of docs/safeguard.md.
 WORDS = {
     "none": "none",
@@ -312,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write_table", action="store_true", help="measure nothing; write the table of the docs")
     options = parser.parse_args(arguments)
     if options.write_table:
-        write_table("safeguard.md", "overhead", docs_table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        shown = docs_table(json.loads(RESULTS.read_text(encoding="utf-8")))
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), {"overhead": shown}), encoding="utf-8")
         return 0
     torch.set_num_threads(options.threads)
     tunings = ["lora", "full"] if options.tuning == "both" else [options.tuning]

@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tables import CONSTANTS, KINDS, RULES, Rows, read, score, winners
 
+from trl_diffusion_sdpo.utils.statistics import standard_error
+
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs/images"
 STUDIES = "benchmarks/studies/results"
@@ -88,7 +90,7 @@ def mean(rows: list[Any], value: Callable[[Any], float]) -> float:
 
 def deviation(rows: list[Any]) -> float:
     """Return the standard error of the scores, or 0 for one seed."""
-    return statistics.stdev(map(score, rows)) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
+    return standard_error(list(map(score, rows))) if len(rows) > 1 else 0.0
 
 
 # ---- Sizes ----------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def measure_guidance(weights: Path) -> None:
     for row, sampled in COLUMNS.values():
         pipeline = study.load_base()
         if row != "base":
-            pipeline.unet.load_state_dict(study.trained(row, SEED, "trained"))
+            pipeline.unet.load_state_dict(study.trained(row, SEED))
         context = study.guidance(sampled, SEED)
         found = {scale: study.images(pipeline, "selection", SEED, scale, context)["score"] for scale in study.scales}
         scale = max(found, key=found.__getitem__)

@@ -10,7 +10,6 @@ weights in bench_output, so a second call makes the missing rows only.
     python benchmarks/studies/study.py rules
     python benchmarks/studies/study.py rules --rows base "off_policy, DPO" --seeds 0
     python benchmarks/studies/study.py rules --report
-    python benchmarks/studies/study.py --write          # write the tables of all plans into the documentation
 """
 
 import argparse
@@ -36,6 +35,7 @@ from image_measures import ImageMeter
 from pair_kinds import corner_changes, pairs_of_kind
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from tables import accuracy, diversity, frechet, markdown, number, plain, score, share
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -56,7 +56,7 @@ HELD_OUT_COPIES = 3  # draws of noise and timestep for each held-out pair
 IMAGE_SEEDS = {"selection": 90_000, "final": 100_000}
 # What a row may have beside fields of `DiffusionSDPOConfig`: first what its training depends on.
 TRAINING_KEYS = ("lora_rank", "pairs", "masked", "constant_lambda")
-SAMPLING_KEYS = ("of", "guidance", "reference", "weights_scale", "averaged")
+SAMPLING_KEYS = ("of", "guidance", "reference", "weights_scale")
 OWN_PER_PROMPT = 4  # held-out pairs of a row's own kind for each prompt
 
 
@@ -102,8 +102,7 @@ class Study:
         source = settings.get("of", name)
         pipeline = self.load_base()
         if source != BASE:
-            kind = "averaged" if settings.get("averaged") else "trained"
-            tuned = self.trained(source, seed, kind)
+            tuned = self.trained(source, seed)
             scale = settings.get("weights_scale", 1.0)
             base = denoiser_of(pipeline).state_dict()
             denoiser_of(pipeline).load_state_dict({key: torch.lerp(base[key], tuned[key], scale) for key in base})
@@ -133,7 +132,7 @@ class Study:
 
     # ---- Training -------------------------------------------------------------------------------------------------
 
-    def trained(self, name: str, seed: int, kind: str) -> dict[str, torch.Tensor]:
+    def trained(self, name: str, seed: int) -> dict[str, torch.Tensor]:
         """Return the weights of a row, which is trained first if no plan has trained these settings."""
         row = {key: value for key, value in self.plan["rows"][name].items() if key not in SAMPLING_KEYS}
         shared = {key: self.plan.get(key) for key in ("model", "pairs", "per_prompt", "max_pairs", "shared")}
@@ -145,12 +144,9 @@ class Study:
             with tempfile.TemporaryDirectory() as output:
                 trainer = self.trainer(row, seed, output)
                 trainer.train()
-                if trainer.average is not None:
-                    with trainer.average.active(trainer.denoiser) as averaged:
-                        save_file(merged(averaged), folder / "averaged.safetensors")
                 save_file(merged(trainer.denoiser), folder / "unfinished.safetensors")
             (folder / "unfinished.safetensors").rename(folder / "trained.safetensors")
-        return load_file(folder / f"{kind}.safetensors")
+        return load_file(folder / "trained.safetensors")
 
     def trainer(self, row: dict[str, Any], seed: int, output: str) -> DiffusionSDPOTrainer:
         """Build the trainer of a row."""
@@ -209,7 +205,7 @@ class Study:
             return contextlib.nullcontext
         reference = denoiser_of(self.load_base())
         if row.get("reference", BASE) != BASE:
-            reference.load_state_dict(self.trained(row["reference"], seed, "trained"))
+            reference.load_state_dict(self.trained(row["reference"], seed))
         return functools.partial(preference_guidance, reference=reference, **row["guidance"])
 
     def images(self, pipeline: Any, part: str, seed: int, scale: float, context: Any) -> dict[str, float]:
@@ -264,9 +260,7 @@ def merged(denoiser: Any) -> dict[str, torch.Tensor]:
     if getattr(denoiser, "peft_config", None):
         denoiser.fuse_lora()
         denoiser.unload_lora()
-    # The trainer averages a wrapper around the denoiser.
-    tensors = {name.removeprefix("denoiser."): tensor for name, tensor in denoiser.state_dict().items()}
-    return {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().float().contiguous().clone() for name, tensor in denoiser.state_dict().items()}
 
 
 # ---- Rows and table ------------------------------------------------------------------------------------------------
@@ -332,45 +326,24 @@ def rounded(value: Any) -> Any:
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return the means over seeds as a Markdown table, best score first."""
-    columns = ["row", "seeds", "score at best guidance", "without guidance", "diversity", "Frechet"]
-    columns += ["winners", "own winners", "own accuracy"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, made in sorted(rows.items(), key=lambda item: -mean(item[1], "best", "score")):
-        best = [row["best"]["score"] for row in made]
-        error = f" ± {statistics.stdev(best) / len(best) ** 0.5:.3f}" if len(best) > 1 else ""
+    lines = []
+    for name, made in sorted(rows.items(), key=lambda item: -statistics.mean(map(score, item[1]))):
         scales = ", ".join(sorted({f"{row['best']['scale']:g}" for row in made}))
-        cells = [
-            f"{name} | {len(made)} | {statistics.mean(best):.3f}{error} ({scales})",
-            f"{mean(made, 'plain', 'score'):.3f}",
-            f"{mean(made, 'best', 'diversity'):.3f} | {mean(made, 'best', 'frechet'):.3f}",
-            f"{mean(made, 'errors', 'winner_change_relative'):+.1%}",
-            f"{mean(made, 'own_errors', 'winner_change_relative'):+.1%}",
-            f"{mean(made, 'own_errors', 'accuracy'):.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def mean(rows: list[dict[str, Any]], part: str, name: str) -> float:
-    return statistics.mean(row[part][name] for row in rows)
+        scores = [f"{number(made)} ({scales})", number(made, plain), number(made, diversity), number(made, frechet)]
+        lines.append([name, str(len(made)), *scores, share(made), accuracy(made)])
+    columns = ["row", "seeds", "score at best guidance", "without guidance", "diversity", "Frechet"]
+    return markdown([*columns, "winners' error", "accuracy"], lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", nargs="?", help="name of a plan beside this script, or the path of a YAML file")
+    parser.add_argument("plan", help="name of a plan beside this script, or the path of a YAML file")
     parser.add_argument("--rows", nargs="+", help="these rows only")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds only, such as in a second process")
     parser.add_argument("--file", type=Path, help="file of the finished rows; results/PLAN.jsonl if unset")
     parser.add_argument("--weights", type=Path, default=Path("bench_output/weights"), help="folder of trained weights")
     parser.add_argument("--report", action="store_true", help="print the table of the finished rows, train nothing")
-    parser.add_argument("--write", action="store_true", help="write the tables of all plans into the documentation")
     options = parser.parse_args(arguments)
-    if options.write:
-        import tables
-
-        return tables.main([])
-    if options.plan is None:
-        parser.error("name a plan, or pass --write")
     try:
         plan = load_plan(options.plan)
     except ValueError as error:

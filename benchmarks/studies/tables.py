@@ -21,7 +21,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -404,14 +404,15 @@ def guidance(guidance: Rows) -> str:
     """Ways to sample, each against the base."""
     base = guidance.get(BASE, [])
     usual = seeds_of(guidance.values())
-    columns = ["Sampled", "Score", "Without guidance", "Score over the base", "Diversity", "Frechet"]
+    columns = ["Sampled", "Score", "Without guidance", "Score over the base", "Over the same weights, unguided"]
     lines = []
     for name, rows in guidance.items():
         if name != "negative":
-            compared = "" if name == BASE else str(difference(rows, base))
-            cells = [number(rows), number(rows, plain), compared, number(rows, diversity), number(rows, frechet)]
+            unguided = guidance.get(rows[0]["settings"].get("of", ""), [])
+            compared = ["" if name == BASE else str(difference(rows, base)), str(difference(rows, unguided))]
+            cells = [number(rows), number(rows, plain), *compared, number(rows, diversity), number(rows, frechet)]
             lines.append([labelled(name.replace("on_policy", "on-policy"), rows, usual), *cells])
-    return markdown(columns, lines, note(usual))
+    return markdown([*columns, "Diversity", "Frechet"], lines, note(usual))
 
 
 def diversity(row: Row) -> float:
@@ -602,14 +603,14 @@ def pages() -> list[Path]:
     return sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
 
 
-def written(text: str) -> str:
-    """Return a page with its tables of today.
+def written(text: str, shown: Mapping[str, Any] = TABLES) -> str:
+    """Return a page with its tables of today: those of this program, or the `shown` ones of another.
 
-    Tables that another program writes stay as they are, and so do those without finished rows.
+    All others stay as they are, and so do tables without finished rows.
     """
 
     def table(match: re.Match[str]) -> str:
-        made = str(TABLES.get(match[2], ""))
+        made = str(shown.get(match[2], ""))
         return f"{match[1]}\n{made}\n\n{match[3]}" if made else match[0]
 
     return MARKED.sub(table, text)

@@ -45,7 +45,7 @@ def test_a_table_has_a_maker(page, name):
 @pytest.mark.parametrize("page", sorted({page for page, _ in MARKERS}), ids=lambda page: page.name)
 def test_the_tables_of_a_page_are_those_of_the_results(page):
     text = page.read_text(encoding="utf-8")
-    assert tables.written(text) == text, "run `python benchmarks/studies/study.py --write`"
+    assert tables.written(text) == text, "run `python benchmarks/studies/tables.py`"
 
 
 def test_only_the_text_between_known_markers_is_written():
