@@ -39,7 +39,7 @@ ALIGNED_ADVICE = (
     "The chosen and the rejected image of these pairs share most of their content. Train on these pairs with a strict "
     "safeguard: `safeguard: output` with `safeguard_mu: 0.9`, or `safeguard: parameter` with `safeguard_mu: 0.8`. Do "
     "not train on these pairs without a safeguard: on a small test model, plain Diffusion-DPO raised the denoising "
-    "error on chosen images tenfold to fiftyfold, and the tuned model's images were worse than the base model's. If "
+    "error on chosen images elevenfold to sixtyfold, and the tuned model's images were worse than the base model's. If "
     "the accuracy on held-out pairs stays near 0.5, raise the learning rate before you lower `safeguard_mu`."
 )
 NEGATIVES_ADVICE = (
