@@ -5,7 +5,8 @@ samples the weights of another row with preference guidance. Measured are the or
 diversity and Frechet distance from the world's drawings, without classifier-free guidance and at the best scale, and
 the change of the errors on held-out pairs, off-policy ones and those of the row's own kind. The best scale is chosen on
 one half of the prompts; all numbers are of the other half. Finished rows are kept in results/PLAN.jsonl, and trained
-weights in bench_output, so a second call makes the missing rows only.
+weights in bench_output, so a second call makes the missing rows only. A row of other settings or another base model is
+made again; one of other versions is kept, and named.
 
     python benchmarks/studies/study.py rules
     python benchmarks/studies/study.py rules --rows base "off_policy, DPO" --seeds 0
@@ -46,6 +47,7 @@ from trl_diffusion_sdpo.tools.demo.oracle import oracle
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
 from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE, captions
 from trl_diffusion_sdpo.tools.guidance.guide import Form
+from trl_diffusion_sdpo.utils.identity import describe_pipeline, describe_software, differences, listed, short_hash
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # the benchmarks, which share `constant_lambda`
@@ -125,6 +127,11 @@ class Study:
         """Scales of classifier-free guidance from which each row's best is chosen; 1 is none."""
         return self.plan.get("guidance_scales", [1.0, 2.0, 3.0, 5.0])
 
+    @functools.cached_property
+    def made_with(self) -> dict[str, Any]:
+        """What the rows depend on beside their settings: the base model and the versions of libraries."""
+        return {"base": short_hash(describe_pipeline(self.load_base())), "software": describe_software()}
+
     def load_base(self) -> Any:
         """Return the pipeline from which every row starts."""
         load = small_unet.load_base_pipeline if self.model is small_unet else self.model.load_base
@@ -136,7 +143,7 @@ class Study:
         """Return the weights of a row, which is trained first if no plan has trained these settings."""
         row = {key: value for key, value in self.plan["rows"][name].items() if key not in SAMPLING_KEYS}
         shared = {key: self.plan.get(key) for key in ("model", "pairs", "per_prompt", "max_pairs", "shared")}
-        facts = json.dumps([row, shared, seed], sort_keys=True)
+        facts = json.dumps([row, shared, seed, self.made_with["base"]], sort_keys=True)
         folder = self.weights / hashlib.sha256(facts.encode()).hexdigest()[:16]
         if not (folder / "trained.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +284,7 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_current(plan: dict[str, Any], name: str, row: dict[str, Any] | None) -> bool:
-    """Return whether a finished row was made with the plan's settings of today."""
+    """Return whether a finished row was made with the plan's settings of today. [`run`] compares the base model too."""
     return row is not None and row["settings"] == plan["rows"][name] and row.get("protocol") == protocol(plan)
 
 
@@ -307,10 +314,16 @@ def run(plan: dict[str, Any], names: list[str], seeds: list[int], file: Path, we
         with file.open("a", encoding="utf-8") as out:
             out.write("\n")  # a kill cut the last line short
     wanted = [(name, seed) for seed in seeds for name in names]
-    missing = [(name, seed) for name, seed in wanted if not is_current(plan, name, made.get(f"{name}|{seed}"))]
+    kept = [made[f"{name}|{seed}"] for name, seed in wanted if is_current(plan, name, made.get(f"{name}|{seed}"))]
+    kept = [row for row in kept if row["made_with"]["base"] == study.made_with["base"]]
+    others = {found for row in kept for found in differences(row["made_with"], study.made_with)}
+    if others:
+        tqdm.write(f"Some rows are of other versions ({listed(sorted(others))}). Delete them to make them again.")
+    missing = [(name, seed) for name, seed in wanted if f"{name}|{seed}" not in {row["key"] for row in kept}]
     for name, seed in tqdm(missing, unit="row"):
         facts = {"key": f"{name}|{seed}", "name": name, "seed": seed, "settings": plan["rows"][name]}
-        row = {**facts, "protocol": protocol(plan), **rounded(study.measure(name, seed))}
+        facts |= {"protocol": protocol(plan), "made_with": study.made_with}
+        row = {**facts, **rounded(study.measure(name, seed))}
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
         winner = row["own_errors"]["winner_change_relative"]
