@@ -1,7 +1,7 @@
 """Write what the documentation shows of the demo: the page's results and the pictures, from one committed run.
 
-python benchmarks/demo_page.py                                      # from benchmarks/results/demo.json
-make demo && python benchmarks/demo_page.py demo_output/results.json    # from a new run, which is then committed
+make demo && python benchmarks/demo_page.py demo_output    # from a new run, whose results and images are then committed
+python benchmarks/demo_page.py                             # from the committed results; the images stay
 """
 
 import hashlib
@@ -10,7 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from trl_diffusion_sdpo.tools.demo.report import draw_curves, draw_scores, table
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from trl_diffusion_sdpo.tools.demo.report import IMAGES_FILE, NUMBERS_FILE, draw_curves, draw_scores, table
 from trl_diffusion_sdpo.tools.demo.results import DemoResult
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +23,7 @@ PICTURES = {  # file in docs/images -> the function that draws it
     "preferred_images.png": draw_scores,
     "demo_curves.png": draw_curves,
 }
+GRID = "demo_images.png"  # the images that the run itself drew
 
 
 def page(result: DemoResult) -> str:
@@ -61,7 +65,11 @@ def fingerprint() -> str:
 
 def main(run: Path | None) -> None:
     if run is not None:
-        shutil.copyfile(run, RESULTS)
+        shutil.copyfile(run / NUMBERS_FILE, RESULTS)
+        source = PngInfo()
+        source.add_text("Source", fingerprint())
+        with Image.open(run / IMAGES_FILE) as grid:
+            grid.convert("P", palette=Image.Palette.ADAPTIVE).save(ROOT / "docs/images" / GRID, pnginfo=source)
     result = DemoResult.read(RESULTS)
     PAGE.write_text(page(result), encoding="utf-8")
     for name, draw in PICTURES.items():

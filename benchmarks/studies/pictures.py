@@ -279,6 +279,7 @@ PICTURES = {
 OTHERS = {
     "preferred_images.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
     "demo_curves.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
+    "demo_images.png": ("benchmarks/demo_page.py", "benchmarks/results/demo.json"),
 }
 
 

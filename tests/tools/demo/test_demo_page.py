@@ -5,8 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from benchmarks.demo_page import PAGE, PICTURES, RESULTS, ROOT, fingerprint, page
-from trl_diffusion_sdpo.tools.demo.report import percent
+from benchmarks.demo_page import GRID, PAGE, PICTURES, RESULTS, ROOT, fingerprint, page
 from trl_diffusion_sdpo.tools.demo.results import DemoResult
 
 
@@ -19,18 +18,18 @@ def test_the_page_is_what_the_program_writes_from_the_committed_run(committed):
     assert PAGE.read_text(encoding="utf-8") == page(committed)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [*PICTURES, GRID])
 def test_each_picture_is_of_the_committed_run(name):
     with Image.open(ROOT / "docs" / "images" / name) as picture:
         assert picture.info["Source"] == fingerprint()
 
 
-def test_the_numbers_in_the_readme_are_those_of_the_run(committed):
-    text = re.search(r'preferred_images.png".*? alt="(.*?)"', (ROOT / "README.md").read_text(encoding="utf-8"))[1]
-    for model in committed.models.values():
-        assert f"{model.label} {model.best.mean:.3f}" in text
-        if model.curves is not None:
-            assert f"{model.label} {percent(model.curves.winner_change[-1])} %" in text
+@pytest.mark.parametrize("file", ["README.md", "docs/index.md"])
+def test_the_scores_beside_the_first_picture_are_those_of_the_run(committed, file):
+    text = " ".join((ROOT / file).read_text(encoding="utf-8").split())
+    words = re.search(r'demo_images.png".*? alt="(.*?)"|!\[([^]]*)\]\(images/demo_images.png', text)
+    shown = re.findall(r"0\.\d{3}", words[1] or words[2])
+    assert shown == [f"{model.best.mean:.3f}" for model in committed.models.values()]
 
 
 def test_the_committed_run_is_read_and_written_without_loss(committed, tmp_path):

@@ -88,7 +88,7 @@ def test_everything_is_written_and_the_results_are_read_again_without_loss(resul
     assert DemoResult.read(tmp_path / "results.json") == result
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["models"]["sft"]["best"]["mean"] == 0.5
     assert all((tmp_path / name).stat().st_size < 400_000 for name in FILES)
-    for name, width in (("scores.png", 1280), ("curves.png", 1200), ("images.png", 1200)):
+    for name, width in (("scores.png", 1280), ("curves.png", 1200), ("images.png", 1440)):
         with Image.open(tmp_path / name) as picture:
             assert picture.width == width
 

@@ -136,22 +136,37 @@ def draw_curves(result: DemoResult) -> "Figure":
 
 
 def draw_images(result: DemoResult, images: dict[str, np.ndarray]) -> "Figure":
-    """Draw a row of images for each model, at the model's best guidance scale: one image of every third prompt."""
+    """Draw a grid of images: a row for each of six prompts, spread evenly over the reported ones, and a column for each
+    model at its best guidance scale. Images of a row started from the same noise."""
     from matplotlib.figure import Figure  # takes seconds
 
     captioned = zip(captions(), reported_captions(), strict=True)
-    prompts = [caption.text for caption, is_reported in captioned if is_reported][::3]
-    figure = Figure(figsize=(12, 1.2 * len(images) + 0.8), dpi=100, layout="constrained")
-    for panel, (key, of_model) in zip(figure.subplots(len(images), 1), images.items(), strict=True):
-        shown = of_model[::3, 0]  # (12, 32, 32, 3)
-        panel.imshow(np.concatenate(list(shown), axis=1))
+    prompts = [caption.text for caption, is_reported in captioned if is_reported]
+    shown = np.linspace(0, len(prompts) - 1, 6).round().astype(int)
+    figure = Figure(figsize=(7.2, 6.5), dpi=200)
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    grid = figure.subplots(len(shown), len(images))
+    for column, (key, of_model) in zip(grid.T, images.items(), strict=True):
         model = result.models[key]
-        panel.set_title(f"{model.label}, guidance scale {model.best.guidance_scale:g}", fontsize=11, loc="left")
-        panel.set_xticks([])
-        panel.set_yticks([])
-    width = shown.shape[2]
-    panel.set_xticks([width * (number + 0.5) for number in range(len(prompts))], prompts, fontsize=8, rotation=20)
+        column[0].set_title(f"{_COLUMNS[key]}\n{model.best.mean:.3f}", fontsize=11)
+        for panel, prompt in zip(column, shown, strict=True):
+            panel.imshow(of_model[prompt, 0])  # (32, 32, 3)
+            panel.set_xticks([])
+            panel.set_yticks([])
+    for panel, prompt in zip(grid[:, 0], shown, strict=True):
+        label = prompts[prompt].removeprefix("a ").replace(" on", "\non")
+        panel.set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center")
     return figure
+
+
+_COLUMNS = {  # heads of columns, in two lines each
+    BASE.key: "base\nmodel",
+    "sft": "\nSFT",
+    "dpo": "Diffusion-\nDPO",
+    "sdpo": "Diffusion-\nSDPO",
+    "sdpo_recipe": "\nrecipe",
+    GUIDED.key: "recipe,\nguided",
+}
 
 
 def _plot_changes(panel: "Axes", result: DemoResult, name: str, **style: Any) -> None:
