@@ -53,7 +53,8 @@ def branch_gradient_obstacles(args: TrainingArguments) -> Iterator[tuple[str, st
         if config.get_value("zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
             yield "DeepSpeed keeps the optimizer on the CPU", "Set `offload_optimizer_device: none`"
         sums_in_float32 = config.get_value("data_types.grad_accum_dtype") == "fp32"
-        if stage == 1 and sums_in_float32 and config.get_value("bf16.enabled") is True:
+        bf16 = config.get_value("bf16.enabled")
+        if stage == 1 and sums_in_float32 and (args.bf16 if bf16 == "auto" else bf16 is True):
             yield "ZeRO-1 with bf16 and `grad_accum_dtype: fp32` has another optimizer", "Leave `grad_accum_dtype` out"
         if stage in (1, 2) and "muon" in str(config.get_value("optimizer.type")).lower():
             yield f"Muon under ZeRO-{stage} changes each gradient during its backward pass", "Use ZeRO-3"

@@ -63,6 +63,7 @@ def deepspeed(stage: int, **settings):
 
 
 BF16_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+AUTO_SUMS = {**BF16_SUMS, "bf16": {"enabled": "auto"}}
 MUON = {"optimizer": {"type": "Muon"}}
 
 
@@ -73,6 +74,8 @@ MUON = {"optimizer": {"type": "Muon"}}
         (deepspeed(2, zero={"offload_optimizer": {"device": "cpu"}}), "`offload_optimizer_device: none`"),
         (deepspeed(3, zero={"offload_optimizer": {"device": "nvme"}}), "`offload_optimizer_device: none`"),
         (deepspeed(1, **BF16_SUMS), "`grad_accum_dtype`"),
+        ({"bf16": True, **deepspeed(1, **AUTO_SUMS)}, "`grad_accum_dtype`"),
+        ({"bf16": False, **deepspeed(1, **AUTO_SUMS)}, ""),
         (deepspeed(2, **MUON), "ZeRO-3"),
         ({"fsdp_plugin_args": {"cpu_offload": True}}, "`offload_params`"),
         ({"distributed_state": SimpleNamespace(distributed_type=SimpleNamespace(value="XLA"))}, "XLA"),
