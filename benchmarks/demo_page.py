@@ -69,7 +69,7 @@ def main(run: Path | None) -> None:
         source = PngInfo()
         source.add_text("Source", fingerprint())
         with Image.open(run / IMAGES_FILE) as grid:
-            grid.convert("P", palette=Image.Palette.ADAPTIVE).save(ROOT / "docs/images" / GRID, pnginfo=source)
+            grid.convert("RGB").save(ROOT / "docs/images" / GRID, pnginfo=source, optimize=True)
     result = DemoResult.read(RESULTS)
     PAGE.write_text(page(result), encoding="utf-8")
     for name, draw in PICTURES.items():

@@ -24,7 +24,7 @@ NOTEBOOK = ROOT / "examples" / "notebooks" / "first_lora.ipynb"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODELS = {SD15: "sd_folder", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_folder"}
 SMALLER = {
-    "README.md": {"max_steps=60": "max_steps=1", "max_steps=500": "max_steps=1", ", bf16=True": ""},
+    "README.md": {"max_steps=60": "max_steps=1", "max_steps=1000": "max_steps=1", ", bf16=True": ""},
     "docs/quickstart.md": {
         "max_steps=60": "max_steps=1",
         "per_device_train_batch_size=8": "per_device_train_batch_size=1",
