@@ -531,18 +531,24 @@ def promises(*results: list[Row]) -> str:
 
 def rises(*results: list[Row]) -> str:
     """Steps of plain SGD that raised their own winners' error, one number a seed."""
-    lines = []
+    lines, rules, steps = [], [], 0
     for model, rows in by_model(*results).items():
         found = defaultdict(list)
         for row in rows:
             if row["part"] == "sgd":
                 found[row["rate"], row["rule"]].append(row["measured"])
-        for (rate, rule), made in sorted(found.items(), key=lambda item: -item[0][0]):
-            counts = ", ".join(str(each["rises"]) for each in made)
-            total = statistics.mean(each["sum_of_changes"] for each in made)
-            lines.append([model, f"{rate:g}", rule, f"{counts} of {made[0]['steps']}", f"{total:+.2g}"])
-    columns = ["Model", "Learning rate", "Rule", "Steps that raise their own winners' error", "Sum of the changes"]
-    return markdown(columns, lines)
+                steps = row["measured"]["steps"]
+        rules = list(dict.fromkeys(rule for _, rule in found))
+        for rate in sorted({rate for rate, _ in found}, reverse=True):
+            line = [model, f"{rate:g}"]
+            for made in (found[rate, rule] for rule in rules):
+                counts = ", ".join(str(each["rises"]) for each in made)
+                line.append(
+                    f"{counts} ({statistics.mean(each['sum_of_changes'] for each in made):+.2g})" if made else ""
+                )
+            lines.append(line)
+    below = f"Of {steps} steps, one number a seed; in brackets, the sum of the changes of the error"
+    return markdown(["Model", "Learning rate", *rules], lines, below)
 
 
 def sigmoid(*results: list[Row]) -> str:
