@@ -27,7 +27,7 @@ def page(result: DemoResult) -> str:
     settings = result.settings
     versions = ", ".join(f"{library} {version}" for library, version in result.versions.items())
     intro = (
-        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on a busy CPU, with "
+        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on a CPU, with "
         f"threads: {result.threads}. `python benchmarks/demo_page.py` writes the numbers and both pictures from "
         "`benchmarks/results/demo.json`."
     )
