@@ -8,11 +8,10 @@ The demo's U-Net, or a small transformer (`studies/small_transformer.py`), train
   each rule, and taken back.
 - **sgd**: trainings by plain SGD. After each step, the winners of its own batch are predicted once more.
 
-Finished trainings are kept in `bench_output/`, so a second call makes the missing ones. All of them are written into
-`results/assumptions_MODEL.json`, and from the files of both models come the tables of docs/assumptions.md:
+Finished trainings stay in `bench_output/`, so a second call only makes the missing ones. All of them go into
+`results/assumptions_MODEL.json`, from which `make tables` writes the tables of docs/assumptions.md.
 
     python benchmarks/assumptions.py --model transformer --seeds 0 1 2
-    python benchmarks/assumptions.py --report
 """
 
 from __future__ import annotations
@@ -21,34 +20,32 @@ import argparse
 import copy
 import functools
 import json
-import statistics
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from studies import small_transformer
-from studies.tables import written
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.engines.gradients import Gradient, inner_products
 from trl_diffusion_sdpo.losses import NOISE_BINS, noise_bin_of, winner_error_gradient
 from trl_diffusion_sdpo.losses.safeguard import loser_scale, output_cosine, output_scale
 from trl_diffusion_sdpo.step.pair_forward import NoisyBatch, PairForward, PairPredictions
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs, off_policy_pairs
 from trl_diffusion_sdpo.tools.demo.pipeline import load_base_pipeline
-from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE
-
-Results = dict[str, list[dict[str, Any]]]  # rows of each model: one for each training
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "assumptions.md"
+sys.path.append(str(HERE / "studies"))
+
+import small_transformer  # noqa: E402
+from study import Study  # noqa: E402
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "unet": load_base_pipeline,
     "transformer": small_transformer.load_base,
@@ -70,20 +67,7 @@ SGD_RULES: dict[str, dict[str, Any]] = {
     },
     "parameter, mu 0.8": {"safeguard": "parameter", "safeguard_mu": PARAMETER_MU},
 }
-SHARED: dict[str, Any] = {
-    "beta": 100.0,
-    "lr_scheduler_type": "constant",
-    "random_flip": False,
-    "resolution": IMAGE_SIZE,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "verify_images": "none",
-    "dataloader_num_workers": 0,
-    "dataloader_pin_memory": False,
-}
+SHARED: dict[str, Any] = {"beta": 100.0, "lr_scheduler_type": "constant", "random_flip": False}
 ARM_SETTINGS = {"learning_rate": 2e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}
 SGD_SETTINGS = {"optim": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0}  # plain: no momentum, decay or clipping
 SGD_PAIRS = 8  # a step of plain SGD
@@ -128,7 +112,7 @@ class WatchedTrainer(DiffusionSDPOTrainer):
 
 def make_trainer(model: str, seed: int, folder: str, callback: TrainerCallback, **settings: Any) -> WatchedTrainer:
     """Return the trainer of one training, with the callback that measures it."""
-    args = DiffusionSDPOConfig(folder, seed=seed, **SHARED, **settings)
+    args = Study.arguments(seed, folder, **SHARED, **settings)
     held_out = drawn_once(eval_pairs, EVAL_SEED)
     trainer = WatchedTrainer(
         MODELS[model](), None, args, drawn_once(off_policy_pairs, seed), held_out, callbacks=[callback]
@@ -483,181 +467,6 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-# ---- Tables of the page ---------------------------------------------------------------------------------------------
-
-NAMES = {"unet": "U-Net", "transformer": "transformer"}
-SHOWN_STEPS = (0, 20, 60, 100, 200)
-
-
-def near_isometry(results: Results) -> list[str]:
-    """Cosines and lambdas of the same batches in both spaces: medians over the probe, then with 5 to 95 %."""
-    lines = [
-        "| Model | Step | Cosine at the output | Cosine in parameter space | Lambda at the output "
-        "| Lambda in parameter space |",
-        "|---|---|---|---|---|---|",
-    ]
-    names = ("cosine_output", "cosine_parameter", "lambda_output", "lambda_parameter")
-    for model, rows in results.items():
-        for step in SHOWN_STEPS:
-            found = [row for probe in probes(rows) if probe["step"] == step for row in probe["rows"]]
-            if found:
-                cells = " | ".join(f"{statistics.median(row[name] for row in found):.2f}" for name in names)
-                lines.append(f"| {NAMES[model]} | {step} | {cells} |")
-        after = [row for probe in probes(rows) if probe["step"] > 0 for row in probe["rows"]]
-        if after:
-            cells = " | ".join(spread(quantiles(row[name] for row in after), ".2f") for name in names)
-            lines.append(f"| {NAMES[model]} | all after 0 | {cells} |")
-        single = [pair for probe in probes(rows) if probe["step"] > 0 for pair in probe.get("single_pairs", ())]
-        if single:
-            cells = " | ".join(spread(quantiles(pair[name] for pair in single), ".2f") for name in names)
-            lines.append(f"| {NAMES[model]} | all after 0, single pairs | {cells} |")
-    return lines
-
-
-def promises(results: Results) -> list[str]:
-    """What each rule promises, and what it keeps, on the batches of the probe after the first step."""
-    lines = [
-        "| Model | Rule | Promised | Left: median (5 to 95 %) | Kept the promise | Small SGD step raises "
-        "| AdamW step raises |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    promised = {"none": None, f"output, mu {OUTPUT_MU}": OUTPUT_MU, f"parameter, mu {PARAMETER_MU}": PARAMETER_MU}
-    missed: list[float] = []
-    for model, rows in results.items():
-        found = [row for probe in probes(rows) if probe["step"] > 0 for row in probe["rows"]]
-        for rule, mu in promised.items() if found else ():
-            # The parameter rule is about the error that is weighted as in the loss; the output rule about the mean.
-            kept = "left_weighted" if rule.startswith("parameter") else "left"
-            count = sum(mu is not None and row[kept][rule] >= mu - 1e-3 for row in found)
-            tried = [row["tried"][rule] for row in found]
-            missed += [abs(each["sgd"] / each["predicted"] - 1) for each in tried]
-            cells = [
-                NAMES[model],
-                rule,
-                "" if mu is None else f"{100 * mu:.0f} %",
-                spread(quantiles(100 * row["left"][rule] for row in found), ".0f", " %"),
-                "" if mu is None else f"{count} of {len(found)}",
-                f"{sum(each['sgd'] > 0 for each in tried)} of {len(found)}",
-                f"{sum(each['adamw'] > 0 for each in tried)} of {len(found)}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    if missed:
-        middle, high = quantiles(missed)[1:]
-        lines += [
-            "",
-            f"The small step's change differs from the predicted one by {middle:.1%} (median; 95 %: {high:.0%}).",
-        ]
-    return lines
-
-
-def lambda_by_noise(results: Results) -> list[str]:
-    """The arm's own lambda over the training, on the batches of each quarter of the noise levels: means."""
-    lines = [
-        f"| Model | Arm | Noise level | {' | '.join(f'Step {step}' for step in SHOWN_STEPS)} |",
-        "|---|---|---|" + "---|" * len(SHOWN_STEPS),
-    ]
-    own = dict(zip(ARMS, ("lambda_output", "lambda_parameter_own"), strict=True))
-    width = NOISE_BINS // 4
-    quarters = {
-        f"{first / NOISE_BINS:g} to {(first + width) / NOISE_BINS:g}": [f"bin {first + i}" for i in range(width)]
-        for first in range(0, NOISE_BINS, width)
-    }
-    for model, rows in results.items():
-        for arm, name in own.items():
-            for levels, batches in {**quarters, "all, fresh pairs": ["fresh"]}.items():
-                cells = []
-                for step in SHOWN_STEPS:
-                    at = [probe for probe in probes(rows, arm) if probe["step"] == step]
-                    values = [row[name] for probe in at for row in probe["rows"] if row["batch"] in batches]
-                    cells.append(f"{statistics.mean(values):.2f}" if values else "")
-                if any(cells):
-                    lines.append(f"| {NAMES[model]} | {arm} | {levels} | {' | '.join(cells)} |")
-    return lines
-
-
-def sigmoid(results: Results) -> list[str]:
-    """How far lambda from plain residuals is from lambda with the loss's weights, and in parameter space."""
-    lines = [
-        "| Model | Pairs | Lambda, plain | Differs from the weighted one by: median (95 %, largest) "
-        "| From that in parameter space by: median (95 %) |",
-        "|---|---|---|---|---|",
-    ]
-    for model, rows in results.items():
-        after = [probe for probe in probes(rows) if probe["step"] > 0]
-        for size in map(str, GROUPS) if after else ():
-            groups = [group for probe in after for group in probe["groups"][size]]
-            differences = quantiles(abs(plain - weighted) for plain, weighted in groups)
-            pairs_of = [
-                (group[0], own)
-                for probe in after
-                for group, own in zip(probe["groups"][size], probe["parameter_groups"].get(size, ()), strict=False)
-            ]
-            parameter = ""
-            if pairs_of:
-                found = quantiles(plain - own for plain, own in pairs_of)
-                parameter = f"{found[1]:+.2f} ({found[2]:+.2f})"
-            largest = max(abs(plain - weighted) for plain, weighted in groups)
-            lines.append(
-                f"| {NAMES[model]} | {size} | {spread(quantiles(plain for plain, _ in groups), '.2f')} "
-                f"| {differences[1]:.3f} ({differences[2]:.3f}, {largest:.3f}) | {parameter} |"
-            )
-    return lines
-
-
-def rises(results: Results) -> list[str]:
-    """Steps of plain SGD that raised their own winners' error, one number a seed."""
-    lines = ["| Model | Learning rate | Rule | Steps that raise their own winners' error | Sum of the changes |"]
-    lines.append("|---|---|---|---|---|")
-    for model, rows in results.items():
-        of_sgd = [row for row in rows if row["part"] == "sgd"]
-        for rate in sorted({row["rate"] for row in of_sgd}, reverse=True):
-            for rule in SGD_RULES:
-                found = [row["measured"] for row in of_sgd if (row["rate"], row["rule"]) == (rate, rule)]
-                if found:
-                    counts = ", ".join(str(each["rises"]) for each in found)
-                    total = statistics.mean(each["sum_of_changes"] for each in found)
-                    steps = found[0]["steps"]
-                    lines.append(f"| {NAMES[model]} | {rate:g} | {rule} | {counts} of {steps} | {total:+.2g} |")
-    return lines
-
-
-TABLES: dict[str, Callable[[Results], list[str]]] = {
-    "isometry": near_isometry,
-    "promises": promises,
-    "lambda_by_noise": lambda_by_noise,
-    "sigmoid": sigmoid,
-    "rises": rises,
-}
-
-
-def probes(rows: list[dict[str, Any]], arm: str | None = None) -> list[dict[str, Any]]:
-    """Return the probes of the arms, or of one arm, of all seeds."""
-    chosen = [row for row in rows if row["part"] == "arms" and arm in (None, row["rule"])]
-    return [probe for row in chosen for probe in row["measured"]["probes"]]
-
-
-def quantiles(values: Iterable[float]) -> list[float]:
-    """Return the 5, 50 and 95 % quantiles."""
-    tensor = torch.tensor(list(values), dtype=torch.float64)
-    return torch.quantile(tensor, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-
-
-def spread(found: list[float], digits: str, unit: str = "") -> str:
-    low, middle, high = (format(value, digits) for value in found)
-    return f"{middle}{unit} ({low} to {high}{unit})"
-
-
-def report(folder: Path, page: Path) -> None:
-    """Write the tables between their markers in the page, from the results of all models, and print them."""
-    files = {model: folder / f"assumptions_{model}.json" for model in MODELS}
-    results = {model: json.loads(file.read_text()) for model, file in files.items() if file.is_file()}
-    shown = {name: "\n".join(table(results)) for name, table in TABLES.items()}
-    for name, lines in shown.items():
-        print(f"\n{name}\n\n{lines}")
-    if page.is_file():
-        page.write_text(written(page.read_text(encoding="utf-8"), shown), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="unet")
@@ -667,13 +476,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between two probes")
     parser.add_argument("--folder", type=Path, default=Path("bench_output/assumptions"), help="of finished trainings")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE, help="page with the tables")
-    parser.add_argument("--report", action="store_true", help="only write the tables into the page, and print them")
-    options = parser.parse_args()
-    if not options.report:
-        make(options)
-    report(options.results, options.page)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the committed results")
+    make(parser.parse_args())
 
 
 if __name__ == "__main__":

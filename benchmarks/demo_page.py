@@ -31,8 +31,8 @@ def page(result: DemoResult) -> str:
     settings = result.settings
     versions = ", ".join(f"{library} {version}" for library, version in result.versions.items())
     intro = (
-        f"We ran `trl-diffusion-sdpo demo` on a CPU (seed {settings['seed']}, {versions}, threads: {result.threads}). "
-        "`python benchmarks/demo_page.py` writes this part of the page and both pictures from the run's numbers in "
+        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on a CPU, with "
+        f"threads: {result.threads}. `python benchmarks/demo_page.py` writes the numbers and both pictures from "
         "`benchmarks/results/demo.json`."
     )
     curves = (

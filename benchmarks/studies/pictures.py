@@ -47,6 +47,7 @@ def panels(height: float, *titles: str, **settings: Any) -> tuple[Figure, list[A
 
 # ---- The safeguard --------------------------------------------------------------------------------------------------
 
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a label that crosses a line
 STYLES = {  # label of a rule -> color, marker
     "output space, mu 0.6": ("#0072b2", "o"),
     "output space, mu 0.8": ("#56b4e9", "o"),
@@ -64,8 +65,11 @@ def draw_front(rules: Rows) -> Figure:
         fixed["DPO"] = rules[f"{kind}, DPO"]
         line = [(100 * mean(rows, winners), mean(rows, score)) for rows in fixed.values()]
         panel.plot(*zip(*line, strict=True), color="#777777", marker=".", markersize=9, linewidth=2, label="constants")
-        for name, (x, y) in zip(fixed, line, strict=True):
-            panel.annotate(name, (x, y), (5, -13), textcoords="offset points", fontsize=10, color="#555555")
+        for number, (name, (x, y)) in enumerate(zip(fixed, line, strict=True)):
+            # Above and below by turns, as neighbours can be close.
+            offset, side = ((0, 8), "bottom") if number % 2 == 0 else ((0, -8), "top")
+            style = {"ha": "center", "va": side, "fontsize": 10, "color": "#555555", "bbox": BEHIND}
+            panel.annotate(name, (x, y), offset, textcoords="offset points", **style)
         for name, label in RULES.items():
             if label in STYLES:
                 color, marker = STYLES[label]
@@ -77,7 +81,7 @@ def draw_front(rules: Rows) -> Figure:
         panel.set_xscale("symlog", linthresh=3)
         panel.set_xlim(-5, 20_000)
         panel.set_xticks([-3, 0, 3, 30, 300, 3000], ["-3", "0", "+3", "+30", "+300", "+3000"])
-        panel.margins(y=0.2)
+        panel.margins(y=0.3)
         panel.set_ylabel("score", fontsize=12)
     axes[-1].set_xlabel("winners' error, per cent", fontsize=12)
     axes[-1].legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.3))

@@ -21,6 +21,7 @@ import math
 import re
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,7 @@ RULES = {  # row of the plans `rules`, `gentle` and `transformer` -> label
     "parameter 0.6": "parameter space, mu 0.6",
     "parameter 0.8": "parameter space, mu 0.8",
 }
+SAFEGUARDS = {name: label for name, label in RULES.items() if name != "DPO"}
 CONSTANTS = {f"constant {share}": f"constant {share}" for share in (0.1, 0.3, 0.5, 0.7, 0.9)}
 KINDS = {
     "off_policy": "off-policy",
@@ -248,22 +250,42 @@ def safeguard_short(rules: Rows, variants: Rows) -> str:
 
 
 def constants(rules: Rows, gentle: Rows) -> str:
-    """Each rule against constants in the place of lambda, at the winners' error of the rule."""
-    made = []
+    """Each rule's score over constants in the place of lambda, at the winners' error of the rule."""
+    made = {}
     for plan, settings in ((rules, "harsh"), (gentle, "gentle")):
         for kind, name in KINDS.items():
             # DPO is the constant 1.
             fixed = list(arms(plan, kind, {"DPO": "1", **CONSTANTS}).values())
-            for label, rows in arms(plan, kind, RULES).items():
-                if label != "DPO" and len(fixed) == len(CONSTANTS) + 1:
-                    made.append((settings, name, label, rows, over_constants(rows, fixed)))
-    usual = seeds_of(compared.values for *_, compared in made)
-    columns = ["Settings", "Pairs", "Rule", "Score", "Winners' error", "Score over constants at this error"]
+            if len(fixed) == len(CONSTANTS) + 1:
+                found = arms(plan, kind, SAFEGUARDS)
+                made[settings, name] = [over_constants(found.get(label, []), fixed) for label in SAFEGUARDS.values()]
+    return compared(
+        made,
+        ["Settings", "Pairs", *SAFEGUARDS.values()],
+        "Seeds in which no constant has an error as small are left out",
+    )
+
+
+def recipe(rules: Rows, gentle: Rows) -> str:
+    """The recipe, parameter space with mu 0.8, minus output space with mu 0.6."""
+    made = {}
+    for plan, settings in ((rules, "harsh"), (gentle, "gentle")):
+        for kind, name in KINDS.items():
+            ours, theirs = (plan.get(f"{kind}, {rule}", []) for rule in ("parameter 0.8", "output 0.6"))
+            if ours and theirs:
+                made[settings, name] = [difference(ours, theirs), difference(ours, theirs, plain)]
+    return compared(made, ["Settings", "Pairs", "Score", "Score without guidance"])
+
+
+def compared(made: Mapping[tuple[str, ...], list[Difference]], columns: list[str], *notes: str) -> str:
+    """Return a table of differences, with the words in front of them."""
+    usual = seeds_of(found.values for row in made.values() for found in row)
     lines = []
-    for settings, name, label, rows, compared in made:
-        few = "" if len(compared.values) == usual else f" ({count(len(compared.values))})"
-        lines.append([settings, name, label, number(rows), share(rows), f"{compared}{few}".strip()])
-    return markdown(columns, lines, note(usual, "Seeds in which no constant has an error as small are left out"))
+    for words, row in made.items():
+        few = [f" ({count(len(found.values))})" if len(found.values) not in (0, usual) else "" for found in row]
+        cells = [f"{found}{which}".replace(", no difference shown", "") for found, which in zip(row, few, strict=True)]
+        lines.append([*words, *cells])
+    return markdown(columns, lines, note(usual, *notes, "No word behind an interval: no difference shown"))
 
 
 def kinds(rules: Rows) -> str:
@@ -303,32 +325,17 @@ def accuracy(rows: list[Row]) -> str:
     return f"{statistics.mean(row['own_errors']['accuracy'] for row in rows):.2f}"
 
 
-def one_kind(rules: Rows, chosen: Iterable[str]) -> str:
-    """The rules on some kinds of pairs, a cell for each."""
-    names = {**RULES, "constant 0.3": "constant 0.3"}
-    cells = {label: [rules.get(f"{kind}, {name}", []) for kind in chosen] for name, label in names.items()}
-    made = {label: rows for label, rows in cells.items() if any(rows)}
-    usual = seeds_of(rows for row in made.values() for rows in row if rows)
+def on_policy(rules: Rows) -> str:
+    """The rules and a constant on on-policy pairs."""
+    made = arms(rules, "on_policy", {**RULES, "constant 0.3": "constant 0.3"})
+    usual = seeds_of(made.values())
     base = rules.get(BASE, [])
     lines = []
-    for label, row in made.items():
-        line = [label]
-        for rows in row:
-            few = "" if len(rows) == usual or not rows else f" ({count(len(rows))})"
-            line += [f"{number(rows)}{few}", difference(rows, base).verdict, share(rows)]
-        lines.append(line)
-    columns = ["Training"]
-    for kind in chosen:
-        columns += [f"{KINDS[kind].capitalize()}: score", "against the base", "winners' error"]
+    for label, rows in made.items():
+        few = "" if len(rows) == usual else f" ({count(len(rows))})"
+        lines.append([label, f"{number(rows)}{few}", difference(rows, base).verdict, share(rows)])
+    columns = ["Training", "On-policy: score", "against the base", "winners' error"]
     return markdown(columns, lines, note(usual, f"The base scores {number(base)}"))
-
-
-def aligned(rules: Rows) -> str:
-    return one_kind(rules, ("blurred", "partial", "local"))
-
-
-def on_policy(rules: Rows) -> str:
-    return one_kind(rules, ("on_policy",))
 
 
 def long(long: Rows, rules: Rows, variants: Rows) -> str:
@@ -456,6 +463,133 @@ def masks(masks: Rows) -> str:
     return markdown(columns, lines, note(usual))
 
 
+# ---- Views: what the safeguard assumes ------------------------------------------------------------------------------
+
+SHOWN_STEPS = (0, 20, 60, 100, 200)
+SPACES = ("cosine_output", "cosine_parameter", "lambda_output", "lambda_parameter")
+
+
+def probes(rows: list[Row], arm: str | None = None) -> list[Row]:
+    """Return the probes of all arms, or of one, of all seeds."""
+    chosen = [row for row in rows if row["part"] == "arms" and arm in (None, row["rule"])]
+    return [probe for row in chosen for probe in row["measured"]["probes"]]
+
+
+def by_model(unet: list[Row], transformer: list[Row]) -> dict[str, list[Row]]:
+    return {"U-Net": unet, "transformer": transformer}
+
+
+def quantiles(values: Iterable[float]) -> list[float]:
+    """Return the 5, 50 and 95 % quantiles."""
+    return list(np.quantile(list(values), (0.05, 0.5, 0.95)))
+
+
+def spread(values: Iterable[float], digits: str, unit: str = "") -> str:
+    low, middle, high = (format(value, digits) for value in quantiles(values))
+    return f"{middle}{unit} ({low} to {high}{unit})"
+
+
+def isometry(*results: list[Row]) -> str:
+    """Cosines and lambdas of the same batches in both spaces: medians over the probe, then with 5 to 95 %."""
+    lines = []
+    for model, rows in by_model(*results).items():
+        after = [probe for probe in probes(rows) if probe["step"] > 0]
+        for step in SHOWN_STEPS:
+            found = [row for probe in probes(rows) if probe["step"] == step for row in probe["rows"]]
+            lines.append(
+                [model, str(step), *(f"{statistics.median(row[name] for row in found):.2f}" for name in SPACES)]
+            )
+        for label, part in (("all after 0", "rows"), ("all after 0, single pairs", "single_pairs")):
+            found = [row for probe in after for row in probe.get(part, ())]
+            lines.append([model, label, *(spread((row[name] for row in found), ".2f") for name in SPACES)])
+    columns = ["Model", "Step", "Cosine at the output", "Cosine in parameter space", "Lambda at the output"]
+    return markdown([*columns, "Lambda in parameter space"], lines)
+
+
+def promises(*results: list[Row]) -> str:
+    """What each rule promises, and what it keeps, on the batches of the probe after the first step."""
+    lines, missed = [], []
+    for model, rows in by_model(*results).items():
+        found = [row for probe in probes(rows) if probe["step"] > 0 for row in probe["rows"]]
+        for rule in found[0]["tried"]:
+            mu = float(rule.rpartition(" ")[2]) if "mu" in rule else None
+            # The parameter rule is about the error that is weighted as in the loss; the output rule about the mean.
+            kept = "left_weighted" if rule.startswith("parameter") else "left"
+            held = sum(mu is not None and row[kept][rule] >= mu - 1e-3 for row in found)
+            tried = [row["tried"][rule] for row in found]
+            missed += [abs(each["sgd"] / each["predicted"] - 1) for each in tried]
+            line = [model, rule, "" if mu is None else f"{100 * mu:.0f} %"]
+            line.append(spread((100 * row["left"][rule] for row in found), ".0f", " %"))
+            line.append("" if mu is None else f"{held} of {len(found)}")
+            line += [f"{sum(each[step] > 0 for each in tried)} of {len(found)}" for step in ("sgd", "adamw")]
+            lines.append(line)
+    _, middle, high = quantiles(missed)
+    columns = ["Model", "Rule", "Promised", "Left: median (5 to 95 %)", "Kept the promise", "Small SGD step raises"]
+    below = f"The small step's change differs from the predicted one by {middle:.1%} (median; 95 %: {high:.0%})"
+    return markdown([*columns, "AdamW step raises"], lines, below)
+
+
+def rises(*results: list[Row]) -> str:
+    """Steps of plain SGD that raised their own winners' error, one number a seed."""
+    lines, rules, steps = [], [], 0
+    for model, rows in by_model(*results).items():
+        found = defaultdict(list)
+        for row in rows:
+            if row["part"] == "sgd":
+                found[row["rate"], row["rule"]].append(row["measured"])
+                steps = row["measured"]["steps"]
+        rules = list(dict.fromkeys(rule for _, rule in found))
+        for rate in sorted({rate for rate, _ in found}, reverse=True):
+            line = [model, f"{rate:g}"]
+            for made in (found[rate, rule] for rule in rules):
+                counts = ", ".join(str(each["rises"]) for each in made)
+                line.append(
+                    f"{counts} ({statistics.mean(each['sum_of_changes'] for each in made):+.2g})" if made else ""
+                )
+            lines.append(line)
+    below = f"Of {steps} steps, one number a seed; in brackets, the sum of the changes of the error"
+    return markdown(["Model", "Learning rate", *rules], lines, below)
+
+
+def sigmoid(*results: list[Row]) -> str:
+    """How far lambda from plain residuals is from lambda with the loss's weights, and in parameter space."""
+    lines = []
+    for model, rows in by_model(*results).items():
+        after = [probe for probe in probes(rows) if probe["step"] > 0]
+        for size in after[0]["groups"]:
+            groups = [group for probe in after for group in probe["groups"][size]]
+            apart = [abs(plainly - weighted) for plainly, weighted in groups]
+            _, middle, high = quantiles(apart)
+            parameter = ""
+            if size in after[0]["parameter_groups"]:
+                both = [zip(probe["groups"][size], probe["parameter_groups"][size], strict=True) for probe in after]
+                found = quantiles(group[0] - own for pairs in both for group, own in pairs)
+                parameter = f"{found[1]:+.2f} ({found[2]:+.2f})"
+            cells = [spread((plainly for plainly, _ in groups), ".2f"), f"{middle:.3f} ({high:.3f}, {max(apart):.3f})"]
+            lines.append([model, size, *cells, parameter])
+    columns = ["Model", "Pairs", "Lambda, plain", "Differs from the weighted one by: median (95 %, largest)"]
+    return markdown([*columns, "From that in parameter space by: median (95 %)"], lines)
+
+
+def lambda_by_noise(*results: list[Row]) -> str:
+    """The arm's own lambda over the training, on the batches of each quarter of the noise levels: means."""
+    quarters = {
+        f"{start / 8:g} to {start / 8 + 0.25:g}": {f"bin {start}", f"bin {start + 1}"} for start in range(0, 8, 2)
+    }
+    own = {"output, mu 0.6": "lambda_output", "parameter, mu 0.8": "lambda_parameter_own"}
+    lines = []
+    for model, rows in by_model(*results).items():
+        for arm, name in own.items():
+            for levels, batches in {**quarters, "all, fresh pairs": {"fresh"}}.items():
+                line = [model, arm, levels]
+                for step in SHOWN_STEPS:
+                    at = [probe for probe in probes(rows, arm) if probe["step"] == step]
+                    values = [row[name] for probe in at for row in probe["rows"] if row["batch"] in batches]
+                    line.append(f"{statistics.mean(values):.2f}")
+                lines.append(line)
+    return markdown(["Model", "Arm", "Noise level", *(f"Step {step}" for step in SHOWN_STEPS)], lines)
+
+
 # ---- Views: single files --------------------------------------------------------------------------------------------
 
 
@@ -556,14 +690,15 @@ def _of_plans(view: Callable[..., str], *plans: str) -> Table:
     return Table(view, tuple((STUDIES / f"{plan}.jsonl").as_posix() for plan in plans))
 
 
+ASSUMPTIONS = tuple(f"{BENCHMARKS}/assumptions_{model}.json" for model in ("unet", "transformer"))
 TABLES = {
     "safeguard": _of_plans(safeguard, "rules", "variants"),
     "safeguard_short": _of_plans(safeguard_short, "rules", "variants"),
     "constants": _of_plans(constants, "rules", "gentle"),
     "kinds": _of_plans(kinds, "rules"),
+    "recipe": _of_plans(recipe, "rules", "gentle"),
     "one_setting": _of_plans(one_setting, "rules"),
     "gentle": _of_plans(gentle, "gentle"),
-    "aligned": _of_plans(aligned, "rules"),
     "on_policy": _of_plans(on_policy, "rules"),
     "long": _of_plans(long, "long", "rules", "variants"),
     "transformer": _of_plans(transformer, "transformer"),
@@ -572,6 +707,7 @@ TABLES = {
     "guidance": _of_plans(guidance, "guidance"),
     "guidance_gain": _of_plans(guidance_gain, "guidance"),
     "masks": _of_plans(masks, "masks"),
+    **{view.__name__: Table(view, ASSUMPTIONS) for view in (isometry, promises, rises, sigmoid, lambda_by_noise)},
     "edits": Table(edits, (f"{STUDIES}/edit.json",)),
     "planned_memory": Table(planned_memory, (f"{BENCHMARKS}/planned_memory.json",)),
     "pair_flops": Table(pair_flops, (f"{BENCHMARKS}/pair_flops.json",)),
@@ -579,14 +715,7 @@ TABLES = {
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
 }
 # Tables that another program writes between the same markers -> that program, and its results.
-ASSUMPTIONS = (
-    "benchmarks/assumptions.py",
-    *(f"{BENCHMARKS}/assumptions_{model}.json" for model in ("unet", "transformer")),
-)
-OTHERS = {
-    "overhead": ("benchmarks/safeguard_overhead.py", f"{BENCHMARKS}/safeguard_overhead.json"),
-    **dict.fromkeys(("isometry", "promises", "rises", "sigmoid", "lambda_by_noise"), ASSUMPTIONS),
-}
+OTHERS = {"overhead": ("benchmarks/safeguard_overhead.py", f"{BENCHMARKS}/safeguard_overhead.json")}
 
 
 @functools.cache

@@ -20,7 +20,7 @@ SCORER = """import numpy as np
 def brightness(images, prompts):
     return [np.asarray(image).mean() for image in images]
 """
-ARMS = ["sft", "dpo", "constant", "sdpo", "recipe"]
+ARMS = ["sft", "dpo", "constant", "sdpo", "sdpo_cosine", "recipe"]
 
 
 @pytest.fixture
@@ -118,3 +118,8 @@ def test_every_setting_of_the_plan_exists_and_an_arm_can_be_taken_out():
     assert list(plan["arms"]) == ARMS[1:]
     known = {*real_run.DiffusionSDPOConfig.__dataclass_fields__, "constant_lambda"}
     assert not {name for row in (plan["train"], *plan["arms"].values()) for name in row} - known
+
+
+def test_between_the_published_rule_and_the_recipe_one_arm_changes_the_schedule_only():
+    arms = real_run.load_plan(Path(PLAN), {"device": "cpu"})["arms"]
+    assert arms["sdpo_cosine"] == {**arms["sdpo"], "lr_scheduler_type": arms["recipe"]["lr_scheduler_type"]}

@@ -120,21 +120,24 @@ def rate_interval(rates: np.ndarray) -> tuple[float, float]:
     return max(0.0, mean - margin), min(1.0, mean + margin)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of two or more values `(N,)`, by Student's t-distribution."""
-    margin = _t_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+def mean_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Return the confidence interval of the mean of two or more values `(N,)`, by Student's t-distribution. It covers
+    95 % unless `level`, the chance to miss the mean, is another."""
+    margin = _t_quantile(len(values) - 1, level) * float(values.std(ddof=1)) / math.sqrt(len(values))
     mean = float(values.mean())
     return mean - margin, mean + margin
 
 
-def _t_quantile(freedom: int) -> float:
-    """Return the quantile of Student's t-distribution that 2.5 % of the values exceed, within 0.2 %.
+def _t_quantile(freedom: int, level: float = LEVEL) -> float:
+    """Return the quantile of Student's t-distribution that half of `level` exceeds, within 0.2 % at 5 %.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, equation 26.7.5.
     """
-    if freedom < 3:
-        return {1: 12.706, 2: 4.303}[freedom]
-    x = NormalDist().inv_cdf(1 - LEVEL / 2)
+    if freedom == 1:
+        return math.tan(math.pi / 2 * (1 - level))
+    if freedom == 2:
+        return (1 - level) / math.sqrt(level * (1 - level / 2))
+    x = NormalDist().inv_cdf(1 - level / 2)
     terms = (
         x,
         (x**3 + x) / 4,

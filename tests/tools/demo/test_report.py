@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trl_diffusion_sdpo.tools.demo.report import FILES, error_sentences, score_sentences, summary, table, write_report
-from trl_diffusion_sdpo.tools.demo.results import Curves, DemoResult, Difference, ModelResult, Score
+from trl_diffusion_sdpo.tools.demo.results import Curves, DemoResult, ModelResult, Score
 
 # Key -> name, score with guidance, and last change of the winners' error with its standard error, in per cent.
 MODELS = {
@@ -17,6 +17,14 @@ MODELS = {
     "sdpo": ("Diffusion-SDPO as published", 0.5, (39.47, 5.3)),
     "sdpo_recipe": ("recipe", 0.75, (-4.0, 1.5)),
     "sdpo_recipe_guided": ("recipe, guided from its reference", 0.8, None),
+}
+# Key -> scores of four prompts. Only the models that are compared need them.
+PROMPT_SCORES = {
+    "base": [0.5, 0.51, 0.49, 0.5],
+    "sft": [0.6, 0.9, 0.7, 0.8],
+    "sdpo": [0.9, 0.91, 0.9, 0.9],
+    "sdpo_recipe": [0.75, 0.76, 0.74, 0.75],
+    "sdpo_recipe_guided": [0.85, 0.86, 0.86, 0.85],
 }
 
 
@@ -35,13 +43,6 @@ def result():
         train_pairs=851,
         eval_pairs=118,
         models={key: _model(key, *values) for key, values in MODELS.items()},
-        differences=[
-            Difference("sft", "base", 0.0, -0.02, 0.02),
-            Difference("dpo", "base", -0.25, -0.3, -0.2),
-            Difference("sdpo", "base", 0.0, -0.03, 0.03),
-            Difference("sdpo_recipe", "base", 0.25, 0.2, 0.3),
-            Difference("sdpo_recipe_guided", "base", 0.3, 0.2, 0.4),
-        ],
         seconds=9.0,
     )
 
@@ -57,7 +58,16 @@ def _model(key, label, score, change):
         scale_steps=[] if key == "sft" else [50, 100],
         scale=[] if key == "sft" else [1.0, 0.5],
     )
-    return ModelResult(key, label, Score(score, 0.02, 2.0), Score(0.375, 0.02), {"1": 0.3}, {"beta": 100.0}, curves)
+    return ModelResult(
+        key,
+        label,
+        Score(score, 0.02, 2.0),
+        Score(0.375, 0.02),
+        {"1": 0.3},
+        {"beta": 100.0},
+        list(PROMPT_SCORES.get(key, [])),
+        curves,
+    )
 
 
 def test_the_table_has_scores_with_guidance_first_and_errors_in_per_cent(result):
@@ -71,7 +81,7 @@ def test_the_table_has_scores_with_guidance_first_and_errors_in_per_cent(result)
 
 def test_a_difference_is_higher_or_lower_only_if_its_interval_leaves_out_zero(result):
     words = [sentence.split(": ")[1].split(",")[0] for sentence in score_sentences(result)]
-    assert words == ["no difference shown", "lower", "no difference shown", "higher", "higher"]
+    assert words == ["higher", "no difference shown", "lower", "higher"]
 
 
 def test_an_error_rose_or_fell_from_two_standard_errors_on(result):
@@ -102,7 +112,13 @@ def test_images_of_a_prompt_count_as_one_observation():
     assert (score.mean, score.stderr) == (0.5, pytest.approx(0.25))
 
 
-def test_a_difference_is_paired_over_prompts():
-    scores = {"a": np.array([[0.5, 0.7], [0.2, 0.2]]), "b": np.array([[0.2, 0.2], [0.1, 0.1]])}
-    one = Difference.of("a", "b", scores)  # .4 and .1: mean .25, standard error .15, t with one degree 12.706
-    assert (one.mean, one.low, one.high) == pytest.approx((0.25, 0.25 - 12.706 * 0.15, 0.25 + 12.706 * 0.15))
+def test_a_difference_is_paired_over_prompts_and_four_intervals_hold_together(result):
+    """Of differences 0.4 and 0.1, the standard error is 0.15. For 0.05 / 4 and one degree of freedom, t is 50.92."""
+    result.models["base"].prompt_scores[:] = [0.2, 0.1]
+    result.models["sft"].prompt_scores[:] = [0.0, 0.0]
+    result.models["sdpo"].prompt_scores[:] = [0.0, 0.0]
+    result.models["sdpo_recipe"].prompt_scores[:] = [0.6, 0.2]
+    result.models["sdpo_recipe_guided"].prompt_scores[:] = [0.0, 0.0]
+    one = result.differences()[0]
+    assert (one.first, one.second) == ("sdpo_recipe", "base")
+    assert (one.mean, one.low, one.high) == pytest.approx((0.25, 0.25 - 50.92 * 0.15, 0.25 + 50.92 * 0.15), rel=1e-3)

@@ -16,11 +16,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from ...trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from ...utils.errors import UserError
 from ..guidance import preference_guidance
-from .methods import BASE, COMPARED, GUIDED, GUIDED_FROM, METHODS, RUNS_FOLDER, Method
+from .methods import BASE, GUIDED, GUIDED_FROM, METHODS, RUNS_FOLDER, Method
 from .pairs import eval_pairs, off_policy_pairs
 from .pipeline import load_base_pipeline, load_pipeline
 from .report import write_report
-from .results import Curves, DemoResult, Difference, ModelResult
+from .results import Curves, DemoResult, ModelResult
 from .scoring import CURVE_SCALE, GUIDANCE_SCALES, Guided, ImageScorer, OracleCallback, curve_score, generate_guided
 from .world import IMAGE_SIZE
 
@@ -92,7 +92,6 @@ def run_demo(
         guided = comparison.generate()
     finally:
         torch.set_num_threads(threads)
-    scores = {key: images.best.scores for key, images in guided.items()}
     result = DemoResult(
         settings=settings,
         versions={library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
@@ -103,7 +102,6 @@ def run_demo(
             method.key: _result(method, guided[method.key], curves.get(method.key))
             for method in (BASE, *METHODS, GUIDED)
         },
-        differences=[Difference.of(first, second, scores) for first, second in COMPARED],
         seconds=time.monotonic() - started,
     )
     write_report(result, {key: images.best.images for key, images in guided.items()}, folder)
@@ -113,7 +111,8 @@ def run_demo(
 def _result(method: Method, guided: Guided, curves: Curves | None) -> ModelResult:
     chosen_from = {f"{scale:g}": score for scale, score in guided.chosen_from.items()}
     scores = guided.best.score, guided.plain.score
-    return ModelResult(method.key, method.label, *scores, chosen_from, method.settings, curves)
+    prompt_scores = guided.best.scores.mean(axis=1).tolist()
+    return ModelResult(method.key, method.label, *scores, chosen_from, method.settings, prompt_scores, curves)
 
 
 class Comparison:

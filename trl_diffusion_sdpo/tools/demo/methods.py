@@ -32,14 +32,10 @@ BASE = Method("base", "base model")
 # `preference_guidance`.
 GUIDED = Method("sdpo_recipe_guided", "recipe, guided from its reference", {"scale": 4.0, "interval": [0.0, 0.62]})
 GUIDED_FROM = "sdpo_recipe"  # key of the method whose tuned model generates these images
-# Pairs of keys whose scores the demo compares.
+# Pairs of keys whose scores the demo compares, with intervals that hold together.
 COMPARED = (
-    ("sft", "base"),
-    ("dpo", "base"),
-    ("sdpo", "base"),
-    ("sdpo_recipe", "base"),
-    (GUIDED.key, "base"),
-    ("sdpo", "dpo"),
-    ("sdpo_recipe", "sdpo"),
+    ("sdpo_recipe", BASE.key),
     ("sdpo_recipe", "sft"),
+    ("sdpo_recipe", "sdpo"),
+    (GUIDED.key, GUIDED_FROM),
 )

@@ -74,19 +74,18 @@ def draw_scores(result: DemoResult) -> "Figure":
 
     base = result.models[BASE.key].best.mean
     shown = [model for key, model in result.models.items() if key != BASE.key]
-    against_base = {one.first: one for one in result.differences if one.second == BASE.key}
-    left = min(base + one.low for one in against_base.values())
+    left = min(model.best.mean - model.best.stderr for model in shown)
     for row, model in enumerate(shown):
         colour, marker = STYLES[model.key]
-        one = against_base[model.key]
-        scores.plot([base + one.low, base + one.high], [row, row], color=colour, linewidth=3)
-        scores.plot(model.best.mean, row, color=colour, marker=marker, markersize=12)
-        scores.annotate(f"{model.label} {model.best.mean:.3f}", (left, row), (0, 11), color=colour, **_TEXT)
+        mean, stderr = model.best.mean, model.best.stderr
+        scores.plot([mean - stderr, mean + stderr], [row, row], color=colour, linewidth=3)
+        scores.plot(mean, row, color=colour, marker=marker, markersize=12)
+        scores.annotate(f"{model.label} {mean:.3f}", (left, row), (0, 11), color=colour, **_TEXT)
     scores.axvline(base, color="black", linestyle=":", linewidth=1.5)
     scores.annotate(f"base model {base:.3f}", (base, -1), (0, 0), ha="center", **_TEXT)
     scores.set_yticks([])
     scores.set_ylim(len(shown) - 0.6, -1.5)
-    scores.set_xlabel("right is better; bar: 95 % interval\nof the difference to the base model", fontsize=15)
+    scores.set_xlabel("right is better; bar: ± 1 standard error\nover prompts", fontsize=15)
     return figure
 
 
@@ -189,6 +188,11 @@ def _trained(result: DemoResult) -> list[tuple[ModelResult, Curves]]:
 # ---- Tables and sentences -------------------------------------------------------------------------------------------
 
 
+COMPARISONS = (
+    "Scores with guidance, mean difference over the prompts of this one seed (the intervals hold together with 95 %)"
+)
+
+
 def table(result: DemoResult) -> str:
     """Return the final numbers of all models and what they show, as Markdown."""
     lines = [
@@ -212,7 +216,7 @@ def table(result: DemoResult) -> str:
         "held-out pairs, in per cent of the error before training, ± standard error over pairs. **Guided from its "
         f"reference**: with preference guidance from the base model ({guidance}).",
         "",
-        "Scores with guidance, mean difference over prompts (95 % interval):",
+        f"{COMPARISONS}:",
         "",
         *(f"- {sentence}" for sentence in score_sentences(result)),
         "",
@@ -247,7 +251,7 @@ def summary(result: DemoResult) -> str:
         "sample, at each model's best scale. Error: change in per cent of the error before training, on held-out",
         "preferred images (winners) and rejected images (losers).",
         "",
-        "Scores with guidance, mean difference over prompts (95 % interval):",
+        *textwrap.wrap(f"{COMPARISONS}:", 110),
         *(f"  {sentence}" for sentence in score_sentences(result)),
         *(textwrap.fill(sentence, 110, subsequent_indent="  ") for sentence in error_sentences(result)),
         "",
@@ -259,7 +263,7 @@ def summary(result: DemoResult) -> str:
 def score_sentences(result: DemoResult) -> list[str]:
     """Return a sentence for each difference of scores with guidance."""
     lines = []
-    for one in result.differences:
+    for one in result.differences():
         first, second = (result.models[key].label for key in (one.first, one.second))
         verdict = "no difference shown" if one.low <= 0 <= one.high else "higher" if one.mean > 0 else "lower"
         lines.append(f"{first} against {second}: {verdict}, {one}.")

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ...utils.statistics import mean_interval, standard_error
+from ...utils.statistics import LEVEL, mean_interval, standard_error
+from .methods import COMPARED
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of two models' scores over prompts, each model at its best guidance scale."""
+    """Mean difference of two models' scores, paired over prompts, each model at its best guidance scale."""
 
     first: str  # key of a model
     second: str
     mean: float  # of the scores of `first` minus those of `second`
-    low: float  # ends of the 95 % confidence interval
+    low: float  # ends of the confidence interval
     high: float
-
-    @classmethod
-    def of(cls, first: str, second: str, scores: dict[str, np.ndarray]) -> "Difference":
-        """Return the difference of two models from their scores `(prompts, images)`, by the models' keys."""
-        differences = (scores[first] - scores[second]).mean(axis=1)
-        return cls(first, second, float(differences.mean()), *mean_interval(differences))
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
@@ -96,6 +91,7 @@ class ModelResult:
     plain: Score  # without classifier-free guidance
     chosen_from: dict[str, float]  # guidance scale -> mean score on the other 36 prompts, which chose the best scale
     settings: dict[str, Any]  # of the training, or of the guidance
+    prompt_scores: list[float]  # mean scores of the 36 prompts, at the best scale
     curves: Curves | None = None  # `None` for models that were not trained
 
 
@@ -109,8 +105,17 @@ class DemoResult:
     train_pairs: int  # number of training pairs
     eval_pairs: int  # number of held-out pairs
     models: dict[str, ModelResult]  # key -> result: the base model, then all methods, and the guided recipe last
-    differences: list[Difference]
     seconds: float
+
+    def differences(self) -> list[Difference]:
+        """Return the differences of the compared models. All intervals together hold with 95 %, by Bonferroni."""
+        found = []
+        for first, second in COMPARED:
+            scores = (np.array(self.models[key].prompt_scores) for key in (first, second))
+            values = np.subtract(*scores)
+            interval = mean_interval(values, LEVEL / len(COMPARED))
+            found.append(Difference(first, second, float(values.mean()), *interval))
+        return found
 
     def write(self, path: Path) -> None:
         """Write the results as JSON."""
@@ -121,7 +126,6 @@ class DemoResult:
         """Read results that [`write`] wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         values["models"] = {key: _model(**model) for key, model in values["models"].items()}
-        values["differences"] = [Difference(**difference) for difference in values["differences"]]
         return cls(**values)
 
 
