@@ -136,5 +136,5 @@ def test_the_commands_for_each_card_are_understood():
         command = command.replace("adamw_bnb_8bit", "adamw_torch")  # bitsandbytes may not be installed
         words = shlex.split(command.replace("\\\n", " "))
         _, args, model = train.parse([*words[2:], "--use_cpu", "true"])
-        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
         assert model.use_peft == args.output_dir.endswith("-lora")
