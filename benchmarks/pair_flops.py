@@ -20,11 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 RESULTS = Path(__file__).parent / "results" / "pair_flops.json"
 CLIP_TOKENS = 77
 T5_TOKENS = {"sd35-medium": 256, "flux-dev": 512}
+SIZES = {  # key in the results -> model, and the side of its images in pixels
+    **{model: (model, pipeline.resolution) for model, pipeline in PIPELINES.items()},
+    "flux-dev-512": ("flux-dev", 512),
+}
 
 
-def text_inputs(model: str) -> dict[str, Any]:
-    """Return what the denoiser gets of a prompt, and its latents: one image, without data."""
-    side = PIPELINES[model].resolution // 8
+def inputs_of_denoiser(model: str, side: int) -> dict[str, Any]:
+    """Return what the denoiser gets for one image of `side` latents and its prompt, without data."""
     empty = torch.empty
     if model == "sd15":
         return {"sample": empty(1, 4, side, side), "encoder_hidden_states": empty(1, CLIP_TOKENS, 768)}
@@ -48,10 +51,9 @@ def flops(call: Any) -> int:
     return counter.get_total_flops()
 
 
-def count(model: str) -> dict[str, int]:
+def count(model: str, side: int) -> dict[str, int]:
     """Return the FLOPs of one image's encoding and prediction, and of one prompt's encoding."""
     counted = {"vae": 0, "text": 0, "denoiser": 0}
-    side = PIPELINES[model].resolution
     with torch.device("meta"):
         for name, (class_name, settings) in PIPELINES[model].components.items():
             if name == "scheduler":
@@ -65,16 +67,16 @@ def count(model: str) -> dict[str, int]:
                 ids = torch.zeros(1, tokens, dtype=torch.long)
                 counted["text"] += flops(lambda network=network, ids=ids: network(ids))
             else:
-                inputs = {"timestep": torch.empty(1), **text_inputs(model)}
+                inputs = {"timestep": torch.empty(1), **inputs_of_denoiser(model, side // 8)}
                 counted["denoiser"] = flops(lambda network=network, inputs=inputs: network(**inputs))
     return counted
 
 
 def main() -> int:
     counted = {}
-    for model in PIPELINES:
-        counted[model] = count(model)
-        print(model, {name: f"{value / 1e12:.2f} TFLOP" for name, value in counted[model].items()})
+    for key, (model, side) in SIZES.items():
+        counted[key] = count(model, side)
+        print(key, {name: f"{value / 1e12:.2f} TFLOP" for name, value in counted[key].items()})
     RESULTS.write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
     return 0
 

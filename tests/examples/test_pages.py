@@ -24,7 +24,7 @@ NOTEBOOK = ROOT / "examples" / "notebooks" / "first_lora.ipynb"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODELS = {SD15: "sd_folder", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_folder"}
 SMALLER = {
-    "README.md": {"max_steps=60": "max_steps=1", "max_steps=1000": "max_steps=1", ", bf16=True": ""},
+    "README.md": {"max_steps=60": "max_steps=1", "max_steps=1400": "max_steps=1", ", bf16=True": ""},
     "docs/quickstart.md": {
         "max_steps=60": "max_steps=1",
         "per_device_train_batch_size=8": "per_device_train_batch_size=1",
@@ -44,7 +44,7 @@ SMALLER = {
 }
 # Files that exist after the code of a page.
 WRITTEN = {
-    "README.md": ("shapes-lora/diffusion_sdpo_setup.json", "sd15-lora/diffusion_sdpo_setup.json"),
+    "README.md": ("shapes-lora/diffusion_sdpo_setup.json", "sd15/diffusion_sdpo_setup.json"),
     "docs/quickstart.md": ("shapes-lora/diffusion_sdpo_setup.json",),
     "docs/first_lora.md": ("shapes.safetensors", "circle.png", "shapes-lora/verdict.json", "shapes-lora/README.md"),
     "docs/use_elsewhere.md": ("path/to/merged/model_index.json", "my-lora.safetensors"),
@@ -139,5 +139,5 @@ def test_the_commands_for_each_card_are_understood():
         command = command.replace("adamw_bnb_8bit", "adamw_torch")  # bitsandbytes may not be installed
         words = shlex.split(command.replace("\\\n", " "))
         _, args, model = train.parse([*words[2:], "--use_cpu", "true"])
-        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
         assert model.use_peft == args.output_dir.endswith("-lora")
