@@ -79,7 +79,7 @@ def killed_runs(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
     ]
 
 
-# The last runs of the cases of `make test`. `make test-distributed` has all others.
+# Last runs of the cases that `make test` covers. `make test-all PART=distributed` covers all.
 BY_DEFAULT = {
     "ddp-lora-kept-resumed",
     "fsdp2-full-long",
