@@ -19,7 +19,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# One process per core, at most four. Does your container see more cores than it may use? `make test PARALLEL=`
+# One process per core, at most four. Try `make test PARALLEL=` in a container that sees more cores than it may use.
 PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := trl_diffusion_sdpo tests examples benchmarks docs_build
 
