@@ -1,4 +1,4 @@
-"""Code on the pages of the documentation names things that exist. `make test` builds the site, which checks links."""
+"""Code and commands that people read name things that exist. Building the site checks the links."""
 
 import ast
 import dataclasses

@@ -1,5 +1,5 @@
-"""A cache equals that of an undisturbed run after kills, with two processes and on a full disk. The batches of every
-family equal those without a cache."""
+"""After kills, with two processes and on a full disk, a cache is the one of an undisturbed run. Every family's
+batches are those without a cache."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Some three hundred wrong inputs of the commands, each of which must end in one sentence and exit code 2.
+"""Some three hundred wrong inputs of the commands. Each must end in one sentence and exit code 2.
 
 `test_wrong_inputs.py` runs them. Try some: `pytest tests/cli/test_wrong_inputs.py -m "matrix or not matrix" -k WORD`.
 """

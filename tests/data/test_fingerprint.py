@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: it changes with the data, and not with the machine or the way they are stored."""
+"""A fingerprint changes with the data, but not with the machine or how they are stored."""
 
 import os
 import shutil

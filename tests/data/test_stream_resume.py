@@ -1,4 +1,4 @@
-"""A stream that starts at a position has the batches that follow it, and decodes none before it."""
+"""A stream that resumes at a position yields the batches after it and decodes none before."""
 
 from itertools import islice
 

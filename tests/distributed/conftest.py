@@ -1,5 +1,5 @@
-"""Two processes on the CPU train every case of the tests that ask for one; a walk in float64, written out by hand and
-sharing no code with the trainer's losses, says where they must arrive."""
+"""Two processes on the CPU train every case that a test asks for. Where they must arrive says a walk in float64,
+written by hand, which shares no code with the trainer's losses."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Whole runs under every engine, two processes on the CPU: what is killed resumes, what is saved loads elsewhere, the
+"""Whole runs under every engine, two processes on the CPU. Killed ones resume, saved ones load elsewhere, the
 reference stands still or follows, and drawings, evaluation and uploads are those of one process."""
 
 import functools

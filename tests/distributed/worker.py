@@ -1,5 +1,5 @@
-"""Trains the cases of a JSON file one after the other in one group of processes, as `torchrun` starts it: engines are
-slow to start and quick to run at this size. What a case leaves behind is written below its own folder."""
+"""Train the cases of a JSON file one after another in the processes of `torchrun`, because engines start slowly and
+run fast at this size. Each case writes below its own folder."""
 
 import gc
 import json

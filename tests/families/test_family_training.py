@@ -1,5 +1,4 @@
-"""Every kind of model trains: neutral at the start, better on the winners after 20 steps, and saved so that it loads
-elsewhere."""
+"""Every kind of model trains: neutral at the start, better on the winners after 20 steps, loadable elsewhere."""
 
 import itertools
 import math

@@ -1,5 +1,5 @@
-"""Loading from a folder or the Hub: a quantized base is never loaded in full precision, a named reference is only its
-denoiser, and without encoders their weights are not read."""
+"""Loading from a folder or the Hub: a quantized base never passes through full precision, of a named reference only
+the denoiser is loaded, and encoders that are left out are not read."""
 
 import enum
 import functools

@@ -1,4 +1,4 @@
-"""A tokenizer that lost its vocabulary is refused at the start, for every text encoder of every kind of model."""
+"""A tokenizer without its vocabulary is refused at the start, for every text encoder of every kind of model."""
 
 import logging
 import shutil

@@ -1,5 +1,4 @@
-"""A resumed run follows its own arguments, names settings that differ from the checkpoint, and continues in the same
-data."""
+"""A resumed run obeys its own arguments, names the settings that changed, and goes on at its place in the data."""
 
 import json
 import re
