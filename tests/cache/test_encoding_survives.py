@@ -35,7 +35,7 @@ def out_of_memory(*args):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """24 shards of images and 4 of prompts, each of which takes some time."""
+    """24 shards of images and 4 of prompts, each slow enough to be interrupted."""
     monkeypatch.setattr(encoding, "SHARD_PIXELS", 2 * 16 * 16)
     monkeypatch.setattr(encoding, "SHARD_PROMPTS", 4)
 

@@ -42,7 +42,7 @@ def reds(images: list, prompts: list[str]) -> list[float]:
 
 
 class Place:
-    """A folder with good and bad files, in which wrong inputs are tried one after the other."""
+    """A folder with good and bad files, where the wrong inputs are tried in turn."""
 
     def __init__(self, folder: Path, model: str, pairs: str):
         self.folder = folder

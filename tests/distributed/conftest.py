@@ -74,7 +74,7 @@ def left_columns(count: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def trained(request, start, tmp_path_factory):
-    """`trained(case)`: the folder in which a case was trained; all selected cases share their processes."""
+    """`trained(case)`: the folder where a case was trained. All selected cases share their processes."""
     folder = tmp_path_factory.mktemp("trained")
     selected = (item for item in request.session.items if item.path.parent == WORKER.parent)
     cases = [item.callspec.params["case"] for item in selected if "case" in item.fixturenames]

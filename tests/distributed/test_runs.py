@@ -70,7 +70,7 @@ def long_run(engine: str, tuning: str, kind: str = "long", **given) -> dict:
 
 
 def killed_runs(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
-    """One that goes on undisturbed, one that loses a process in its fourth step, and one that resumes after that."""
+    """A run without disturbance, one that loses a process in its fourth step, and the one that resumes it."""
     output = f"{engine}-{tuning}-{kind}killed/saved"
     return [
         long_run(engine, tuning, f"{kind}long", args=args),
@@ -138,7 +138,7 @@ def ends_killed(run: dict) -> bool:
 
 
 def to_hub(hub, folder: Path) -> dict[str, str]:
-    """The environment in which the Hub is the one of this machine."""
+    """An environment whose Hub is on this machine."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": hub.token,

@@ -45,7 +45,7 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         self.is_fsdp_enabled = True
 
     def precompute_reference_errors(self) -> None:
-        """Counts the batches of which this process computes errors of the reference."""
+        """Counts the batches whose reference errors this process computes."""
         self.computed, compute = 0, self.pair_forward.reference_errors
 
         def counted(*given, **how):
@@ -61,7 +61,7 @@ class RecordingTrainer(DiffusionSDPOTrainer):
 
 
 def engine_args(engine: str) -> dict:
-    """The arguments with which a user chooses an engine."""
+    """The arguments that choose an engine."""
     if engine == "ddp":
         return {}
     if engine == "fsdp2":
