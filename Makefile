@@ -6,7 +6,7 @@
 # make test-gpu              the smallest models under every engine on a GPU, at most ten minutes a call
 # make bench                 speed, memory and the cost of the safeguard on the CPU, in under ten minutes
 # make bench-gpu             speed and memory of published sizes on a GPU, at most ten minutes a call
-# make real-run              SD1.5 on real pairs, trained in several ways and compared: days on a GPU, or MINUTES=10 a call
+# make real-run              SD1.5 on real pairs, trained in several ways and compared: days on a GPU, MINUTES=10 a call
 # make tables                write the tables and pictures of the documentation from the committed results
 # make dist                  build wheel and sdist into dist/, check them, and try the wheel in an empty environment
 # make clean                 remove everything that these commands made

@@ -214,7 +214,7 @@ def test_another_stream_is_refused(build, make_pairs):
             build(4, train=other).train(resume_from_checkpoint=True)
 
 
-# ---- Where to resume, and whether anything is left --------------------------------------------------------------------
+# ---- Where to resume, and whether anything is left ------------------------------------------------------------------
 
 
 def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(build, run):
