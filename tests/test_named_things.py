@@ -57,7 +57,7 @@ PLACEHOLDERS = ("OWNER/", "path/", "where/", "me/", "own/")
 # Files that a page's reader writes, or another library.
 OTHER_FILES = {"run.yaml", "shapes.yaml", "own.jsonl", "trainer_state.json", "evaluation_metadata.jsonl"}
 OTHER_FILES |= {"train_diffusion_dpo.py", "train_diffusion_dpo_sdxl.py", "sdxl_merge_lora.py"}
-OTHER_FILES |= {"anime.json", "concept-art.json", "paintings.json", "photo.json"}  # HPSv2's
+OTHER_FILES |= {"anime.json", "concept-art.json", "paintings.json", "photo.json", "papv2.json"}  # prompts
 NAMED_FOR_THE_HUB = r"(?:_name_or_path|dataset_name|from_pretrained\(|load_dataset\()[=:\s\"']*([\w-]+/[\w.-]+)"
 
 
