@@ -28,37 +28,31 @@ for name in [name for name in TEXTS if name.endswith(".ipynb")]:
 
 # Installed in an environment of their own.
 OTHER_PACKAGES = {"nbclient", "ipykernel"}
-# Living repositories. A text may name another of the same owner only in order to say that it is gone.
-HUB = {
-    "black-forest-labs/FLUX.1-dev",
-    "black-forest-labs/FLUX.1-Kontext-dev",
-    "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b",
-    "data-is-better-together/open-image-preferences-v1-binarized",
-    "google-bert/bert-base-uncased",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "madebyollin/sdxl-vae-fp16-fix",
-    "MizzenAI/HPSv3",
-    "openai/clip-vit-base-patch32",
-    "openai/clip-vit-large-patch14",
-    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
-    "Qwen/Qwen2-VL-7B-Instruct",
-    "Qwen/Qwen2.5-VL-7B-Instruct",
-    "stabilityai/sdxl-turbo",
-    "stabilityai/stable-diffusion-3.5-medium",
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "trl-lib/ddpo-aesthetic-predictor",
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "xswu/HPSv2",
-    "yuvalkirstain/PickScore_v1",
-    "zai-org/ImageReward",
-}
+# Living repositories: all that a text may name.
+HUB = set(
+    """
+    black-forest-labs/FLUX.1-dev black-forest-labs/FLUX.1-Kontext-dev CodeGoat24/UnifiedReward-2.0-qwen3vl-8b
+    data-is-better-together/open-image-preferences-v1-binarized google-bert/bert-base-uncased
+    laion/CLIP-ViT-H-14-laion2B-s32B-b79K madebyollin/sdxl-vae-fp16-fix MizzenAI/HPSv3 nateraw/parti-prompts
+    openai/clip-vit-base-patch32 openai/clip-vit-large-patch14 PixArt-alpha/PixArt-Sigma-XL-2-1024-MS
+    Qwen/Qwen2-VL-7B-Instruct Qwen/Qwen2.5-VL-7B-Instruct stabilityai/sdxl-turbo
+    stabilityai/stable-diffusion-3.5-medium stabilityai/stable-diffusion-xl-base-1.0
+    stable-diffusion-v1-5/stable-diffusion-v1-5 trl-lib/ddpo-aesthetic-predictor
+    Wan-AI/Wan2.2-T2V-A14B-Diffusers xswu/HPSv2 yuvalkirstain/PickScore_v1 zai-org/ImageReward
+    """.split()
+)
 PLACEHOLDERS = ("OWNER/", "path/", "where/", "me/", "own/")
-# Files that a page's reader writes, or another library.
-OTHER_FILES = {"run.yaml", "shapes.yaml", "own.jsonl", "trainer_state.json", "evaluation_metadata.jsonl"}
-OTHER_FILES |= {"train_diffusion_dpo.py", "train_diffusion_dpo_sdxl.py", "sdxl_merge_lora.py"}
-OTHER_FILES |= {"anime.json", "concept-art.json", "paintings.json", "photo.json", "papv2.json"}  # prompts
-NAMED_FOR_THE_HUB = r"(?:_name_or_path|dataset_name|from_pretrained\(|load_dataset\()[=:\s\"']*([\w-]+/[\w.-]+)"
+# Files of a page's reader, of other libraries, and published prompts.
+OTHER_FILES = set(
+    """
+    run.yaml shapes.yaml own.jsonl trainer_state.json evaluation_metadata.jsonl train_diffusion_dpo.py
+    train_diffusion_dpo_sdxl.py sdxl_merge_lora.py anime.json concept-art.json paintings.json photo.json papv2.json
+    hpsv2.json partiprompts.json
+    """.split()
+)
+NAMED_FOR_THE_HUB = (
+    r"(?:_name_or_path|dataset_name|--prompts|from_pretrained\(|load_dataset\()[=:\s\"']*([\w-]+/[\w.-]+)"
+)
 
 
 def each(pattern: str, *texts: str) -> list[str]:
