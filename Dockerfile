@@ -1,4 +1,4 @@
-# The environment of the tests: installed by the Makefile, with the versions in constraints.txt.
+# The package in the environment of its tests, with the versions in constraints.txt.
 #
 #   docker build -t trl-diffusion-sdpo .
 #   docker run --rm trl-diffusion-sdpo env
@@ -6,7 +6,7 @@
 #       train --config sd15_lora --dataset_name pairs --output_dir sd15-lora
 #   docker run --rm --entrypoint make trl-diffusion-sdpo test
 #
-# PyPI's torch for Linux includes CUDA. Your host needs a driver and NVIDIA's container toolkit.
+# CUDA comes with PyPI's torch. Your host needs a driver and NVIDIA's container toolkit.
 FROM python:3.11-slim
 
 RUN apt-get update \

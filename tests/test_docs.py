@@ -1,4 +1,4 @@
-"""Code on the pages of the documentation names things that exist. `make test` builds the site, which checks links."""
+"""Code and commands that people read name things that exist. Building the site checks the links."""
 
 import ast
 import dataclasses
@@ -25,7 +25,8 @@ from trl_diffusion_sdpo.data import FORMATS, detect_format
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+MORE = ("*.md", "examples/README.md", "examples/scripts/*.py", "examples/configs/*.yaml", "benchmarks/**/*.md")
+PAGES = sorted([*DOCS.glob("*.md"), *(page for pattern in MORE for page in ROOT.glob(pattern))])
 RUNS = "<!-- runs -->\n"
 
 
@@ -43,6 +44,9 @@ def blocks(*languages: str) -> list[Block]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
+        if page.suffix == ".yaml":  # commands are in its comments
+            comments = "\n".join(re.findall(r"^# ?(.*)", text, re.MULTILINE))
+            text = f"```bash\n{comments}\n```"
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             line = text[: match.start()].count("\n") + 1
             runs = text[: match.start()].endswith(RUNS)

@@ -1,10 +1,6 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["trl-diffusion-sdpo"]
-# ///
 """Arrange the images of an evaluation as GenEval, DPG-Bench, T2I-CompBench or HPSv2's benchmark reads them.
 
-First generate the images of all of the benchmark's prompts, without scorers:
+Generate images of the benchmark's prompts first, without scorers:
 
 ```bash
 trl-diffusion-sdpo evaluate --models base=stable-diffusion-v1-5/stable-diffusion-v1-5 tuned=path/to/run \
@@ -12,7 +8,7 @@ trl-diffusion-sdpo evaluate --models base=stable-diffusion-v1-5/stable-diffusion
 python examples/scripts/benchmark_folders.py geneval evaluation_metadata.jsonl evaluation tuned geneval/tuned
 ```
 
-Each benchmark is a function that returns its files: name -> text, or the images in the file.
+A benchmark is a function that returns its files: name -> text, or the images in the file.
 """
 
 import argparse
@@ -91,10 +87,10 @@ BENCHMARKS = {"geneval": geneval, "dpg": dpg, "t2i-compbench": t2i_compbench, "h
 
 
 class Images(dict):
-    """The images of a model, in the order of the seeds, by prompt."""
+    """A model's images by prompt, in the order of their seeds."""
 
     def __missing__(self, prompt):
-        raise UserError(f"The evaluation must have an image of each prompt, and has none of {prompt!r}. Generate it.")
+        raise UserError(f"The evaluation must have an image of each prompt, got none of {prompt!r}. Generate it.")
 
 
 def save(files, output):
@@ -112,7 +108,7 @@ def save(files, output):
 
 
 def grid(images):
-    """Fill two by two places with up to four images, row by row."""
+    """Put up to four images into two rows of two."""
     tiles = [Image.open(image) for image in images]
     empty = Image.new("RGB", tiles[0].size)
     return make_image_grid([*tiles, empty, empty, empty][:4], 2, 2)

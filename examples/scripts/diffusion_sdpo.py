@@ -1,26 +1,21 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["trl-diffusion-sdpo"]
-# ///
-"""Tune a text-to-image pipeline on preference pairs. With `--use_peft`, train a LoRA; otherwise, train all weights.
+"""Tune a text-to-image pipeline on preference pairs: a LoRA with `--use_peft`, otherwise all weights.
 
-Train a LoRA of Stable Diffusion 1.5. To train one of another model, replace `sd15` by `sdxl`, `sd35` or `flux`:
+A LoRA of Stable Diffusion 1.5; put `sdxl`, `sd35` or `flux` in place of `sd15` for another model:
 
 ```bash
 python examples/scripts/diffusion_sdpo.py --config sd15_lora --dataset_name OWNER/PREFERENCES
 ```
 
-Train all weights of Stable Diffusion 1.5's UNet on eight GPUs:
+All weights of Stable Diffusion 1.5's UNet, on eight GPUs:
 
 ```bash
 accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config sd15_sigmoid \
     --dataset_name OWNER/PREFERENCES
 ```
 
-The script takes every option of `trl-diffusion-sdpo train` except those that launch processes. Options can be on the
-command line or in a YAML file that `--config` names: by its path, or by the name of a file in `examples/configs`. The
-command line overrides the file. `--help` lists all options. `--load_in_4bit true` quantizes the frozen base model of a
-LoRA; this needs `pip install "trl-diffusion-sdpo[quantization]"`.
+It takes every option of `trl-diffusion-sdpo train`, except those that launch processes. `--config` reads options from
+a YAML file: its path, or the name of one in `examples/configs`. The command line wins over the file. `--help` lists all
+options. `--load_in_4bit true` quantizes the frozen base of a LoRA and needs bitsandbytes.
 """
 
 import sys
@@ -42,7 +37,7 @@ def main(argv=None):
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
     trainer = DiffusionSDPOTrainer(
         model_args.model_name_or_path,
-        None,  # the reference is the base without the LoRA, or a frozen copy if all weights are trained
+        None,  # reference: the base without the LoRA, or a frozen copy if all weights are trained
         training_args,
         train_dataset,
         eval_dataset,

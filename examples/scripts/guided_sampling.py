@@ -1,20 +1,15 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["trl-diffusion-sdpo"]
-# ///
-"""Generate images of a prompt at several scales of preference guidance, and save them as a grid in one file.
+"""Draw a prompt at several scales of preference guidance, one row of a grid for each, all from the same noise.
 
-Each row of the grid has another scale, and all rows start from the same noise. Scale 1 gives the tuned model's images.
-Larger scales move further away from the reference, which is the model before training. Scale 0 gives the reference's
-images if classifier-free guidance is off. In this example, preference guidance acts only at noise levels below 0.62:
+Scale 1 is the tuned model. Larger scales go further away from the reference, the model before training, and scale 0 is
+the reference itself if classifier-free guidance is off. Here guidance acts only at noise levels below 0.62:
 
 ```bash
 python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
     --lora path/to/run --prompt "a photo of a fox" --scales 0 1 2 3 4 --interval 0 0.62
 ```
 
-The reference can also be a negative model, which was tuned with `--swap_labels`. `--form npo` combines the two models
-as Diffusion-NPO does, and uses no scale:
+A negative model, tuned with `--swap_labels`, can be the reference instead. `--form npo` combines the two as
+Diffusion-NPO does, without a scale:
 
 ```bash
 python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -35,17 +30,21 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of the base pipeline")
     parser.add_argument("--lora", required=True, help="output folder of the training run, or Hub id of the LoRA")
-    parser.add_argument("--negative_lora", help="LoRA of a run with `swap_labels`, to use as the reference")
+    parser.add_argument("--negative_lora", help="LoRA of a run with `swap_labels`: the reference")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 3.0, 4.0])
     parser.add_argument("--form", default="conditional", choices=("conditional", "npo"))
     parser.add_argument(
         "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of noise levels in [0, 1]"
     )
-    parser.add_argument("--allow_distilled", action="store_true", help="allow models that were distilled to few steps")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; pipeline's default if unset")
+    parser.add_argument(
+        "--allow_distilled", action="store_true", help="guide a model that was distilled to few steps, too"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, help="classifier-free guidance; the pipeline's default if unset"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--images", type=int, default=4, help="number of images at each scale")
+    parser.add_argument("--images", type=int, default=4, help="images at each scale")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="guided.png")
     return parser.parse_args(argv)

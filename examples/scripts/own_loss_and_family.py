@@ -1,11 +1,10 @@
-"""Show how to write your own loss and your own model family. The script trains the package's tiny model, so it
-downloads nothing.
+"""A loss and a model family of your own, trained on the package's tiny model: nothing is downloaded.
 
     python examples/scripts/own_loss_and_family.py --max_steps 20
 
-The loss is a squared hinge on the logit. The family trains `OwnPipeline`, whose UNet predicts noise. To support your
-own pipeline, copy and change `OwnFamily`. If you put your family into a package, register it by its import path, such
-as "my_package.my_family:OwnFamily".
+The loss is a squared hinge on the logit. The family trains `OwnPipeline`, whose UNet predicts noise: copy `OwnFamily`
+and change it for your pipeline. A family in your own package is registered by its import path, such as
+"my_package.my_family:OwnFamily".
 """
 
 import argparse
@@ -28,12 +27,11 @@ def squared_hinge(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 class OwnPipeline(StableDiffusionPipeline):
-    """A pipeline class for which the package has no family."""
+    """A pipeline that the package has no family for."""
 
 
 class OwnFamily(Family):
-    """Tells the trainer how to encode prompts for `OwnPipeline`, and which inputs the denoiser of this pipeline
-    takes."""
+    """How to encode prompts for `OwnPipeline`, and what its denoiser takes."""
 
     name = "Own"
     pipeline_classes = ("OwnPipeline",)
@@ -59,7 +57,7 @@ class OwnFamily(Family):
 def main(words: list[str] | None = None) -> DiffusionSDPOTrainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_steps", type=int, default=20)
-    parser.add_argument("--pairs_per_prompt", type=int, default=2, help="number of pairs for each of 72 prompts")
+    parser.add_argument("--pairs_per_prompt", type=int, default=2, help="pairs of each of the 72 prompts")
     parser.add_argument("--output_dir", default="own-loss-and-family")
     options = parser.parse_args(words)
 

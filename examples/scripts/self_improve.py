@@ -1,20 +1,15 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["trl-diffusion-sdpo"]
-# ///
-"""Improve a model by training on its own images, in rounds.
+"""Train a model on its own images, in rounds.
 
-Each round generates images with the current model, scores them, makes pairs of good and bad images, and trains a LoRA
-on these pairs. The next round starts from the tuned model. At the end, the base model and the tuned model of each round
-are compared on test prompts, by the scorers of `--judges`. If a call was interrupted, the same call continues where it
-stopped.
+Each round generates images, scores them, pairs good with bad ones and trains a LoRA on the pairs, from which the next
+round starts. At the end, the scorers of `--judges` compare the base and every round on test prompts. Repeat a call that
+was interrupted: it resumes.
 
 ```bash
 python examples/scripts/self_improve.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
     --prompts prompts.txt --test_prompts test.txt --scorers pickscore --judges hpsv2.1 --learning_rate 1e-4
 ```
 
-Without `--model_name_or_path`, the script trains the tiny model that is part of the package, on the CPU:
+Without `--model_name_or_path`, it trains the package's tiny model, on the CPU:
 
 ```bash
 python examples/scripts/self_improve.py --output_dir self-improve
@@ -48,25 +43,25 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", help="Hub id or folder of the base pipeline; the package's tiny model if unset")
-    add("--prompts", help="file of prompts to train on; half of the tiny model's prompts if unset")
+    add("--prompts", help="file of prompts to train on; half of the tiny model's if unset")
     add(
         "--test_prompts",
-        help="file of prompts to compare the models on; the other half of the tiny model's prompts if unset",
+        help="file of prompts to compare on; the other half of the tiny model's if unset",
     )
-    add("--scorers", nargs="+", default=[EMBEDDED_SCORER], help="scorers that choose the pairs")
-    add("--judges", nargs="+", help="scorers that compare the models; `--scorers` if unset")
+    add("--scorers", nargs="+", default=[EMBEDDED_SCORER], help="choose the pairs")
+    add("--judges", nargs="+", help="compare the models; `--scorers` if unset")
     add("--rounds", type=int, default=2)
-    add("--images", type=int, default=16, help="number of images for each prompt in each round")
-    add("--margin", type=float, default=1.0, help="smallest difference in reward of a pair, in standard deviations")
+    add("--images", type=int, default=16, help="images of each prompt in each round")
+    add("--margin", type=float, default=1.0, help="smallest difference of a pair's rewards, in standard deviations")
     add("--max_steps", type=int, default=100, help="optimizer steps per round")
     add("--learning_rate", type=float, default=1e-3)
-    add("--beta", type=float, default=None, help="strength of the pull towards the model at the start of the round")
+    add("--beta", type=float, default=None, help="pull towards the model that the round starts from")
     add("--lora_rank", type=int, default=16)
     add(
         "--noise_source",
         default="shared",
         choices=["shared", "generated"],
-        help="`generated`: train each image with its initial noise",
+        help="`generated`: train each image at the noise it came from",
     )
     add("--safeguard", default="parameter", choices=["none", "output", "parameter"])
     add("--safeguard_mu", type=float, default=0.8)
@@ -94,8 +89,7 @@ def image_settings(options, first_seed, images):
 
 
 def train_round(options, model, folder, run, is_first):
-    """Train a LoRA on the pairs of a folder. Continue from a checkpoint if there is one. Do nothing if `run` is
-    complete."""
+    """Train a LoRA on a folder of pairs, from the last checkpoint if there is one. A finished `run` stays as it is."""
     if (run / "README.md").is_file():
         return
     args = DiffusionSDPOConfig(
@@ -115,7 +109,7 @@ def train_round(options, model, folder, run, is_first):
         report_to="none",
         seed=options.seed,
     )
-    # Later rounds continue the LoRA of the round before. The reference is the model at the start of the round.
+    # Later rounds train the same LoRA on. The reference is the model that the round started from.
     adapter = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank) if is_first else None
     trainer = DiffusionSDPOTrainer(model, None, args, load_pairs(folder), peft_config=adapter)
     trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")) or None)

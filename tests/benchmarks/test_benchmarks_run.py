@@ -1,5 +1,5 @@
-"""The benchmarks run in their smallest form and write their files. Their numbers mean nothing at this size: the tests
-check that all modes are measured."""
+"""Every benchmark in its smallest form writes its file and measures all its modes. The numbers mean nothing at this
+size."""
 
 import importlib
 import json

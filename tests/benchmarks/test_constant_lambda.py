@@ -1,4 +1,4 @@
-"""The constant in the place of lambda: its factors, its steps to the bit, and evaluations."""
+"""A constant in place of lambda: its factors, its steps to the bit, and evaluations."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs on the CPU, with networks of one layer: every kind of case, and resuming."""
+"""The GPU benchmark on the CPU, with networks of one layer: every kind of case, and resuming."""
 
 import importlib.util
 import json

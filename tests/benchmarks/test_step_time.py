@@ -1,5 +1,5 @@
-"""The benchmark of the step in its smallest form. Times mean nothing at this size: operations are counted, and losses
-of hand-written steps are compared with those of the step of this package."""
+"""The step benchmark in its smallest form. Times mean nothing here, so we count operations, and compare the losses of
+hand-written steps with those of our step."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""Training on encoded pairs equals training without a cache: batches, losses and weights. The cache is built once, and
-its key has everything that it depends on."""
+"""Training on encoded pairs equals training without a cache: batches, losses and weights. The cache is built once,
+and its key holds all that it depends on."""
 
 import json
 import os

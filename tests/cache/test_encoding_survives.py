@@ -1,5 +1,5 @@
-"""A cache equals that of an undisturbed run after kills, with two processes and on a full disk. The batches of every
-family equal those without a cache."""
+"""After kills, with two processes and on a full disk, a cache is the one of an undisturbed run. Every family's
+batches are those without a cache."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def out_of_memory(*args):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """24 shards of images and 4 of prompts, each of which takes some time."""
+    """24 shards of images and 4 of prompts, each slow enough to be interrupted."""
     monkeypatch.setattr(encoding, "SHARD_PIXELS", 2 * 16 * 16)
     monkeypatch.setattr(encoding, "SHARD_PROMPTS", 4)
 

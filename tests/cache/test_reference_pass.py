@@ -1,4 +1,4 @@
-"""Runs with errors of the reference that were computed before training equal runs with a live reference, to the bit."""
+"""Precomputed errors of the reference give the run of a live reference, to the bit."""
 
 import signal
 import subprocess

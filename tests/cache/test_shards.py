@@ -1,5 +1,4 @@
-"""Shards of a cache are read to the bit, and few are open at a time. A shard that is cut off is named and written
-again."""
+"""Shards are read to the bit, with few open at a time. A truncated one is named and written again."""
 
 import contextlib
 import gc

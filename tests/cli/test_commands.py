@@ -1,4 +1,4 @@
-"""The commands, their help, and what is said of a mistake."""
+"""The commands, their help, and what they say to a mistake."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is shown of an error: one sentence of this package's own, the traceback of a library's."""
+"""How an error looks: a sentence for one of ours, a traceback for a library's."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Training by `--accelerate_config`: which arguments go where, how accelerate and transformers read the configurations,
-errors before anything starts, and one launch of two processes."""
+"""Training with `--accelerate_config`: where each argument goes, how accelerate and transformers read the
+configurations, errors before anything starts, and one launch of two processes."""
 
 import os
 import signal

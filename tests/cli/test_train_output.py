@@ -1,4 +1,4 @@
-"""The last lines of the training command, and the lock that it holds until then."""
+"""The last lines of the training command, and the lock that it holds until they are printed."""
 
 import json
 

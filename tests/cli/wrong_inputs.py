@@ -1,4 +1,4 @@
-"""Some three hundred wrong inputs of the commands, each of which must end in one sentence and exit code 2.
+"""Some three hundred wrong inputs of the commands. Each must end in one sentence and exit code 2.
 
 `test_wrong_inputs.py` runs them. Try some: `pytest tests/cli/test_wrong_inputs.py -m "matrix or not matrix" -k WORD`.
 """
@@ -42,7 +42,7 @@ def reds(images: list, prompts: list[str]) -> list[float]:
 
 
 class Place:
-    """A folder with good and bad files, in which wrong inputs are tried one after the other."""
+    """A folder with good and bad files, where the wrong inputs are tried in turn."""
 
     def __init__(self, folder: Path, model: str, pairs: str):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""A prompt of each image: read from every style of data, dropped together, and held out by the winner's."""
+"""A prompt for each image: read from every style of data, dropped together, held out by the winner's."""
 
 import pytest
 import torch

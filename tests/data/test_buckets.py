@@ -1,5 +1,5 @@
-"""Sizes of aspect-ratio buckets, which pair gets which, and the order of the pairs, against values worked out by hand
-and lists published by others."""
+"""Sizes of aspect-ratio buckets, the bucket of each pair and the order of pairs, against values by hand and published
+lists."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What settings need of columns is checked before any image is read, for tables and streams alike."""
+"""Columns that a setting needs are checked before any image is read, for tables and streams."""
 
 import datasets
 import pytest

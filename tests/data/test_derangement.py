@@ -1,4 +1,4 @@
-"""No place gets an equal value, whatever the values, and no place is preferred where none need be."""
+"""No value lands on one equal to it, and no place is preferred where there is a choice."""
 
 from collections import Counter
 

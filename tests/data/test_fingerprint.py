@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: it changes with the data, and not with the machine or the way they are stored."""
+"""A fingerprint changes with the data, but not with the machine or how they are stored."""
 
 import os
 import shutil
@@ -76,7 +76,7 @@ def test_a_cache_is_found_again_by_a_new_start_and_not_after_a_file_was_replaced
 
 
 def test_bytes_changed_in_place_in_a_saved_data_set_are_noticed(make_pairs, tmp_path):
-    """The header of an Arrow file, by which `datasets` knows it, stays as it was."""
+    """The header of an Arrow file, which `datasets` knows it by, stays as it was."""
     make_pairs(6).save_to_disk(str(tmp_path / "set"))
 
     def key():

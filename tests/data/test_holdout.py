@@ -60,7 +60,7 @@ def test_the_prompt_is_the_column_that_the_format_reads():
 
 
 def several():
-    """Twenty prompts in each of two formats, of which ten are in both; five images for each prompt of the second."""
+    """Twenty prompts in each of two formats, ten of them in both; the second has five images a prompt."""
     rows = [(f"prompt {prompt}", str(prompt)) for prompt in range(10, 30) for _ in range(5)]
     ranked = {"prompt": [text for text, _ in rows], "prompt_id": [number for _, number in rows]}
     ranked |= {"image": ["a.png"] * 100, "rank": list(range(100))}

@@ -1,4 +1,4 @@
-"""Folders of images without a data file: which images are pairs, what is left out, and that each is counted."""
+"""Folders of images without a data file: which images are pairs, what is left out, and how both are counted."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The size of an image from its header is that of the decoded image, and what pairs get by it."""
+"""An image's size from its header is that of the decoded image, and what pairs get from it."""
 
 import io
 

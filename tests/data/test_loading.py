@@ -1,4 +1,4 @@
-"""Names of images in data files: relative to the file, else to the working directory."""
+"""Image names in data files: relative to the file, otherwise to the working directory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What an item depends on (seed, epoch and row, nothing else), and how epochs and shards reach DataLoader workers."""
+"""An item depends on seed, epoch and row alone, and epochs and shards reach DataLoader workers."""
 
 import datasets
 import numpy as np

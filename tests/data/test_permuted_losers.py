@@ -1,4 +1,4 @@
-"""Losers that are other rows' images: of another prompt, each once in an epoch, equal in every process."""
+"""Losers from other rows: of another prompt, each once in an epoch, the same in every process."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Several processes read one stream: each decodes its own pairs only, and together they have all."""
+"""Processes share a stream: each decodes only its own pairs, and together they have all."""
 
 from itertools import islice
 

@@ -1,4 +1,4 @@
-"""A stream that starts at a position has the batches that follow it, and decodes none before it."""
+"""A stream that resumes at a position yields the batches after it and decodes none before."""
 
 from itertools import islice
 
@@ -18,7 +18,7 @@ OPTIONS = PairOptions(PairTransform(16, random_flip=True), repeat=True)
 
 
 def pick_a_pic(shards):
-    """Thirteen shuffled pairs, some of which cannot be decoded or are ties."""
+    """Thirteen shuffled pairs; some cannot be decoded or are ties."""
     rows = [
         {"caption": f"p{i}", "jpg_0": b"junk" if i in (3, 4) else png(2 * i), "jpg_1": png(2 * i + 1)}
         | {"label_0": 0.5 if i % 5 == 2 else float(i % 2)}

@@ -106,7 +106,7 @@ def test_a_wait_in_the_step_is_counted(found):
     assert waits_of_ours(found[0]) == {"tests/device/worker.py::with_item": 1}
 
 
-# `make test-families` runs these: all families in two ways, and edit pairs.
+# All families in two ways, and edit pairs: `make test-all PART=families`.
 @pytest.mark.matrix
 @each(
     *[run(family, *way) for family in CASES for way in (("lora", "output"), ("full", "parameter"))],

@@ -1,5 +1,5 @@
-"""Trains the runs of a JSON file on the pretend device in turn, and writes the result of each: the waits of a step, or
-the error."""
+"""Train the runs of a JSON file on the pretend device, and write each one's result: the waits of a step, or the
+error."""
 
 import json
 import os

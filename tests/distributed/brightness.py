@@ -1,4 +1,4 @@
-"""A scorer that processes import by its name."""
+"""A scorer that processes import by name."""
 
 import numpy as np
 

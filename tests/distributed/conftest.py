@@ -1,5 +1,5 @@
-"""Two processes on the CPU train every case of the tests that ask for one; a walk in float64, written out by hand and
-sharing no code with the trainer's losses, says where they must arrive."""
+"""Two processes on the CPU train every case that a test asks for. Where they must arrive says a walk in float64,
+written by hand, which shares no code with the trainer's losses."""
 
 import copy
 import json
@@ -74,7 +74,7 @@ def left_columns(count: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def trained(request, start, tmp_path_factory):
-    """`trained(case)`: the folder in which a case was trained; all selected cases share their processes."""
+    """`trained(case)`: the folder where a case was trained. All selected cases share their processes."""
     folder = tmp_path_factory.mktemp("trained")
     selected = (item for item in request.session.items if item.path.parent == WORKER.parent)
     cases = [item.callspec.params["case"] for item in selected if "case" in item.fixturenames]

@@ -1,4 +1,4 @@
-"""Trains tiny pipelines of several families in one group of processes, as worker.py, and writes what they logged."""
+"""Train tiny pipelines of several families in one group of processes, as worker.py does, and write their logs."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""Check in two processes of `torchrun` that DeepSpeed's bf16 rounds neither given models nor a reference's small moves.
-The first process writes the results as JSON."""
+"""Check in two processes of `torchrun` that DeepSpeed's bf16 neither rounds a given model nor loses a reference's
+small moves. The first process writes the results as JSON."""
 
 import copy
 import json

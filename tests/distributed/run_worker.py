@@ -1,6 +1,5 @@
-"""Whole runs of a JSON file, one after the other in one group of processes, as `torchrun` starts it: with checkpoints,
-drawings, evaluation and uploads, until a process is killed if the run says so. What is asked of a run afterwards is
-written below its own folder."""
+"""Whole runs of a JSON file, one after another in the processes of `torchrun`: checkpoints, drawings, evaluation and
+uploads, until a kill if the run asks for one. What tests look at lies in each run's own folder."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs of run_worker.py as data, and the same runs in one process."""
+"""The runs of run_worker.py as data, and the same runs in one process."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Trains on a shuffled stream in the processes that `torchrun` starts, or in one, and notes the prompts of every
-micro-batch with its optimizer step; a second start continues at the newest checkpoint."""
+"""Train on a shuffled stream, in the processes of `torchrun` or in one, and note every micro-batch's prompts and
+optimizer step. A second start resumes from the newest checkpoint."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Every engine takes the step that the mathematics says: lambda and the update of two processes against a walk in
-float64 that is written out by hand."""
+"""Every engine takes the step that the mathematics says: lambda and update of two processes against a walk in float64
+written by hand."""
 
 import pytest
 

@@ -1,5 +1,4 @@
-"""Errors of the reference computed before training, under every engine: the step is the one by hand, and the first step
-is neutral."""
+"""Precomputed errors of the reference under every engine: the step is the one by hand, and the first is neutral."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Under DeepSpeed in bf16: a given model is not rounded, small moves of a reference are not lost, and calls without an
-engine are refused."""
+"""DeepSpeed in bf16 does not round a given model or lose a reference's small moves, and refuses calls without an
+engine."""
 
 import json
 import os

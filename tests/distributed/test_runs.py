@@ -1,4 +1,4 @@
-"""Whole runs under every engine, two processes on the CPU: what is killed resumes, what is saved loads elsewhere, the
+"""Whole runs under every engine, two processes on the CPU. Killed ones resume, saved ones load elsewhere, the
 reference stands still or follows, and drawings, evaluation and uploads are those of one process."""
 
 import functools
@@ -70,7 +70,7 @@ def long_run(engine: str, tuning: str, kind: str = "long", **given) -> dict:
 
 
 def killed_runs(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
-    """One that goes on undisturbed, one that loses a process in its fourth step, and one that resumes after that."""
+    """A run without disturbance, one that loses a process in its fourth step, and the one that resumes it."""
     output = f"{engine}-{tuning}-{kind}killed/saved"
     return [
         long_run(engine, tuning, f"{kind}long", args=args),
@@ -79,7 +79,7 @@ def killed_runs(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
     ]
 
 
-# The last runs of the cases of `make test`. `make test-distributed` has all others.
+# Last runs of the cases that `make test` covers. `make test-all PART=distributed` covers all.
 BY_DEFAULT = {
     "ddp-lora-kept-resumed",
     "fsdp2-full-long",
@@ -138,7 +138,7 @@ def ends_killed(run: dict) -> bool:
 
 
 def to_hub(hub, folder: Path) -> dict[str, str]:
-    """The environment in which the Hub is the one of this machine."""
+    """An environment whose Hub is on this machine."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": hub.token,

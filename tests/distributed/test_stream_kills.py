@@ -1,5 +1,5 @@
-"""A run on a stream that is killed and started again trains on the pairs of an undisturbed one: it repeats none
-and skips none, in one process and in two."""
+"""A run on a stream, killed and restarted, trains on the same pairs as an undisturbed one: none twice, none left out,
+in one process and in two."""
 
 import json
 import os

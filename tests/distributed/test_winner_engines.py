@@ -1,4 +1,4 @@
-"""Average, winner budget and noise range of two processes under an engine are those of one process."""
+"""Average, winner budget and noise range in two processes under an engine are those of one process."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Trains the cases of a JSON file one after the other in one group of processes, as `torchrun` starts it: engines are
-slow to start and quick to run at this size. What a case leaves behind is written below its own folder."""
+"""Train the cases of a JSON file one after another in the processes of `torchrun`, because engines start slowly and
+run fast at this size. Each case writes below its own folder."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         self.is_fsdp_enabled = True
 
     def precompute_reference_errors(self) -> None:
-        """Counts the batches of which this process computes errors of the reference."""
+        """Counts the batches whose reference errors this process computes."""
         self.computed, compute = 0, self.pair_forward.reference_errors
 
         def counted(*given, **how):
@@ -61,7 +61,7 @@ class RecordingTrainer(DiffusionSDPOTrainer):
 
 
 def engine_args(engine: str) -> dict:
-    """The arguments with which a user chooses an engine."""
+    """The arguments that choose an engine."""
     if engine == "ddp":
         return {}
     if engine == "fsdp2":

@@ -1,4 +1,4 @@
-"""The two branches under fp16's loss scale, which a CPU has no training for: torch's scaler on a line, without a
+"""The two branches under fp16's loss scale. No CPU trains in fp16, so this is torch's scaler on a line, without a
 trainer."""
 
 import contextlib

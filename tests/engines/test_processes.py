@@ -1,4 +1,4 @@
-"""Two processes that do not agree, or of which one has ended: no process waits for long, and each says why."""
+"""Two processes disagree, or one is gone: nobody waits for long, and each says why."""
 
 import multiprocessing
 import time

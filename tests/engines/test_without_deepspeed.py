@@ -1,4 +1,4 @@
-"""DeepSpeed is an extra: without it, everything that needs no DeepSpeed works."""
+"""DeepSpeed is an extra: without it, everything else works."""
 
 import subprocess
 import sys

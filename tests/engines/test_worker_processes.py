@@ -1,5 +1,4 @@
-"""Signals that reach all processes of a job leave the workers of its data loaders alone, and a run ends with a whole
-checkpoint."""
+"""Signals to all processes of a job spare the data loaders' workers, and the run ends with a whole checkpoint."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""The example that arranges images for benchmarks: what it writes is read back by a second writing of each benchmark's
-reader."""
+"""The folders for benchmarks, read back by a second writing of each benchmark's reader."""
 
 import importlib.util
 import json

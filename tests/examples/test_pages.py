@@ -1,8 +1,8 @@
-"""Run the code of the pages and the notebook in the smallest size.
+"""Run the code of the pages and the notebook in its smallest size.
 
-Models are found under the names that the code gives them: folders of the working directory hold tiny pipelines of the
-same classes, and runs that a page takes for granted. The pairs are those of `demo --write_pairs`, fewer. `SMALLER` is
-all that is changed in a page, and a text that the page does not have is an error.
+Models are found under their own names: folders of the working directory hold tiny pipelines of the same classes, and
+the runs that a page takes for granted. The pairs are a few of `demo --write_pairs`. `SMALLER` is all that changes in a
+page; a text that the page does not have is an error.
 """
 
 import json
@@ -54,8 +54,8 @@ WRITTEN = {
 TINY = "--use_cpu true --bf16 false --dtype float32 --resolution 16 --max_steps 1 --gradient_accumulation_steps 1"
 TINY += " --dataloader_num_workers 0 --sample_kwargs '{\"num_inference_steps\": 1}'"
 # The first cell of the notebook sets these.
-SMALLEST = {"PAIRS": 4, "HELD_OUT": 2, "STEPS": 1, "BATCH": 1, "ACCUMULATED": 1, "INFERENCE_STEPS": 1}
-SMALLEST |= {"SHAPES_PER_PROMPT": 1, "SHAPES_STEPS": 1, "SHAPES_BATCH": 2, "SHAPES_IMAGES": 2}
+SMALLEST = {"PER_PROMPT": 1, "STEPS": 2, "BATCH": 2, "IMAGES": 1, "REAL": True, "REAL_PAIRS": 4, "REAL_HELD_OUT": 2}
+SMALLEST |= {"REAL_STEPS": 1, "REAL_BATCH": 1, "ACCUMULATED": 1, "INFERENCE_STEPS": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -113,15 +113,28 @@ def test_the_code_of_a_page_runs(page, beside, make_trainer):
 
 def test_the_cells_of_the_notebook_run(beside):
     assert main(["demo", "--write_pairs", "pairs"]) == 0
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     names: dict = {"__name__": "reader"}
-    for number, cell in enumerate(cell for cell in cells if cell["cell_type"] == "code"):
-        assert cell["outputs"] == [] and cell["execution_count"] is None
+    for number, cell in enumerate(code_cells()):
         exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec"), names)
         if number == 0:
             assert set(SMALLEST) == {name for name, value in names.items() if isinstance(value, int)}
             names |= SMALLEST | {"DATASET": "pairs"}
-    assert 0 <= names["after"] <= 1 and (beside / "sd15-lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert names["picture"] is not None and (beside / "sd15-lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_notebook_is_stored_with_its_outputs_and_three_pictures():
+    """`python docs_build/notebook.py` stores them."""
+    cells = code_cells()
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert {output["output_type"] for output in outputs} <= {"stream", "execute_result"}
+    assert "Verdict: " in str(outputs)
+
+
+def code_cells() -> list[dict]:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 def test_the_command_that_the_demo_prints_trains_on_its_pairs(capsys):

@@ -1,4 +1,4 @@
-"""Every kind of model: what its family predicts, adds and encodes is what the real pipeline's own call does."""
+"""What a family predicts, adds and encodes is what the real pipeline's own call does, for every kind of model."""
 
 import copy
 import functools

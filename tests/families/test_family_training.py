@@ -1,5 +1,4 @@
-"""Every kind of model trains: neutral at the start, better on the winners after 20 steps, and saved so that it loads
-elsewhere."""
+"""Every kind of model trains: neutral at the start, better on the winners after 20 steps, loadable elsewhere."""
 
 import itertools
 import math
@@ -15,7 +14,7 @@ from tiny_pipelines import CASES, case, quiet
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
-# A DiT over flow matching and one with packed latents. `make test-families` trains the others.
+# A DiT over flow matching and one with packed latents. `make test-all PART=families` trains the others.
 IN_DEFAULT_RUN = ("stable_diffusion_3", "flux")
 TRAINED_IN_DEFAULT_RUN = {("stable_diffusion_3", "full", "parameter"), ("flux", "lora", "output")}
 STEPS = 20

@@ -1,5 +1,5 @@
-"""The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. One of these runs also runs on the
-CPU with `-m matrix`, which tests this code itself."""
+"""The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. With `-m matrix`, one of the
+runs goes to the CPU and tests this code itself."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Does the runs of a JSON file in turn, in one process or in those of `torchrun`, and writes their results."""
+"""Do the runs of a JSON file in turn, alone or in the processes of `torchrun`, and write their results."""
 
 import gc
 import json

@@ -1,7 +1,6 @@
-"""Attempts of a run. An attempt starts one or two processes, and ends when they are done or killed.
+"""Attempts of a run: each starts one or two processes, and ends when they are done or killed.
 
-The libraries are imported once, in a process that does not train; every attempt is forked from it, as imports take
-seconds.
+Imports take seconds, so they happen once, in a process that does not train. Every attempt is forked from it.
 """
 
 import contextlib

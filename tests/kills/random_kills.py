@@ -1,10 +1,9 @@
-"""Kills runs at random times, restarts them with `resume_from_checkpoint="latest"` until they are done, and checks that
-their results equal those of an uninterrupted run to the bit. A finished run is started once more, which must change
-nothing.
+"""Kill runs at random times and restart them with `resume_from_checkpoint="latest"` until they are done. Their
+results must equal those of an uninterrupted run to the bit, and starting a finished run again must change nothing.
 
     python tests/kills/random_kills.py --engine plain --kills 100 --output kills
 
-Finished runs are recorded in the output folder, and the same command continues from there.
+Finished runs are recorded in the output folder: repeat the command to go on.
 """
 
 import argparse

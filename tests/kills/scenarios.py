@@ -81,7 +81,7 @@ class Payload:
 
 
 def plant(file: Path, mark: Path) -> None:
-    """Add a payload to a file of a checkpoint, which is otherwise unchanged."""
+    """Add a payload to a file of a checkpoint and change nothing else."""
     if file.name.endswith(".metadata"):
         with open(file, "rb") as stream:
             content = pickle.load(stream)
@@ -96,7 +96,7 @@ def plant(file: Path, mark: Path) -> None:
 
 
 def _with_payload_in_every_pickle(content: bytes, mark: Path) -> bytes:
-    """Return a distributed checkpoint in which a payload of equal length replaces each item that is no tensor."""
+    """Return a distributed checkpoint with a payload of equal length for each item that is no tensor."""
     start, out = 0, b""
     while start < len(content):
         end = content.index(b"PK\x05\x06", start) + 22

@@ -1,5 +1,5 @@
-"""Runs that are killed at random times and at writes, and damaged or malicious checkpoints, under every engine. One
-process (`scenarios.py`) is started for the selected tests, and all runs are forked from it."""
+"""Runs killed at random times and at writes, and damaged or malicious checkpoints, under every engine. All runs are
+forked from one process (`scenarios.py`)."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Settings of the losses with which no loss is saturated on residuals of order one, and the safeguard of each."""
+"""Settings under which no loss saturates on residuals of order one, and each loss's safeguard."""
 
 from trl_diffusion_sdpo.losses import LOSSES
 

@@ -1,5 +1,5 @@
-"""Loading from a folder or the Hub: a quantized base is never loaded in full precision, a named reference is only its
-denoiser, and without encoders their weights are not read."""
+"""Loading from a folder or the Hub: a quantized base never passes through full precision, of a named reference only
+the denoiser is loaded, and encoders that are left out are not read."""
 
 import enum
 import functools
@@ -117,7 +117,7 @@ def test_a_lora_trains_on_a_quantized_base(sd_folder, grid, make_args, make_pair
 
 @pytest.fixture
 def bare_folder(sd_folder, tmp_path) -> str:
-    """A pipeline of which the weights of all but the denoiser are missing."""
+    """A pipeline whose only weights are the denoiser's."""
     folder = Path(shutil.copytree(sd_folder, tmp_path / "bare"))
     for name in NETWORKS[1:]:
         for weights in (folder / name).glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""A tokenizer that lost its vocabulary is refused at the start, for every text encoder of every kind of model."""
+"""A tokenizer without its vocabulary is refused at the start, for every text encoder of every kind of model."""
 
 import logging
 import shutil
@@ -21,7 +21,7 @@ def text_encoders(pipeline) -> list[str]:
 
 
 def without_vocabulary(tokenizer, folder: Path):
-    """The tokenizer as it loads from a folder in which only its settings arrived; `None` where that is an error."""
+    """The tokenizer as it loads when only its settings arrived; `None` where that is an error."""
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         if file.name not in SETTINGS_ALONE:

@@ -157,7 +157,7 @@ def test_the_verdicts_on_the_runs_of_the_demo(method):
 
 
 def test_an_evaluation_before_the_first_step_is_what_counts():
-    """The error is below that of the reference, which is another model, and has doubled since the start."""
+    """The error is below the reference's, another model's, and has doubled since the start."""
     history = [evaluated(0, 0.1, -0.4), evaluated(5, 0.21, -0.29)]
     assert verdict_on(history, given=True).word == "ruined"
     assert "58.0% below that of the reference" in str(verdict_on(history[1:], given=True))

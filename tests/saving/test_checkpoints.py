@@ -1,5 +1,5 @@
-"""Checkpoints on disk: written completely or not at all, found, rotated, and read without running code. `tests/kills`
-kills runs."""
+"""Checkpoints on disk: written whole or not at all, found, rotated, read without running code. The kills are in
+`tests/kills`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Errors of a full disk name the disk. Some tests mount a small file system and are skipped if that is not allowed."""
+"""Errors of a full disk name the disk. Some tests mount a small file system, and are skipped where they may not."""
 
 import errno
 import shutil

@@ -1,5 +1,4 @@
-"""A resumed run follows its own arguments, names settings that differ from the checkpoint, and continues in the same
-data."""
+"""A resumed run obeys its own arguments, names the settings that changed, and goes on at its place in the data."""
 
 import json
 import re
@@ -215,7 +214,7 @@ def test_another_stream_is_refused(build, make_pairs):
             build(4, train=other).train(resume_from_checkpoint=True)
 
 
-# ---- Where to go on, and whether anything is left --------------------------------------------------------------------
+# ---- Where to resume, and whether anything is left ------------------------------------------------------------------
 
 
 def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(build, run):

@@ -1,4 +1,4 @@
-"""The card that a run writes at its end: its content, and the files that it does not overwrite."""
+"""The card at the end of a run: what it says, and which files it leaves alone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A folder takes one run: a used folder is refused or overwritten, and a second run at a time is refused."""
+"""A folder takes one run at a time: a used one is refused or overwritten, and a second run in it is refused."""
 
 import errno
 import fcntl

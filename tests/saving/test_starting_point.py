@@ -1,4 +1,4 @@
-"""A second stage of training starts from the folder of a run, or from a LoRA."""
+"""A second stage starts from a run's folder or from a LoRA."""
 
 import json
 import math

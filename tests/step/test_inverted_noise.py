@@ -1,4 +1,4 @@
-"""Training with the noise of each image's own inversion: a step by hand on a real pipeline, and what must not change
+"""Training at the noise of each image's own inversion: a step by hand on a real pipeline, and what must not change
 it."""
 
 import copy

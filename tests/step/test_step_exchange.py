@@ -110,7 +110,7 @@ def test_an_interrupted_process_stops_all_at_the_same_step(tmp_path, asked_at, s
 
 
 def test_a_signal_after_the_last_step_ends_all_processes_as_usual(tmp_path):
-    """One has seen the signal and the other has not: both go on to save and publish, or one would wait for ever."""
+    """Only one has seen the signal. Both must still save and publish, or one would wait for ever."""
     assert in_two_processes(tmp_path, asked_at=(4, "after")) == [(4, "regularly", 1, False)] * 2
 
 

@@ -1,5 +1,4 @@
-"""The budget for the winners: its file, its probe against the model's own predictions, and what becomes of a
-training with one."""
+"""The budget for the winners: its file, its probe against the model's own predictions, and its training."""
 
 import copy
 import json

@@ -22,7 +22,7 @@ def levels_of(timesteps: torch.Tensor) -> torch.Tensor:
 
 
 def moved(folder: str, scale: float = 0.02):
-    """Load a pipeline and move its UNet away from the one in the folder, which is the reference."""
+    """Load a pipeline and move its UNet away from its reference, the one in the folder."""
     pipeline, generator = load_pipeline(folder), torch.Generator().manual_seed(3)
     for weight in pipeline.unet.parameters():
         weight.data += scale * torch.randn(weight.shape, generator=generator)

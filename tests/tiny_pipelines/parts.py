@@ -275,7 +275,7 @@ def qwen3_encoder(
 def qwen3_vl_model(
     tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3VLModel, **overrides
 ) -> torch.nn.Module:
-    """A vision-language model, of which pipelines for text use the language half."""
+    """A vision-language model. Pipelines for text use its language half."""
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}
     text_config = language_sizes(tokenizer, max_position_embeddings=2048, rope_parameters=rope)
     text_config |= overrides

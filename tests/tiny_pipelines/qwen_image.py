@@ -40,7 +40,7 @@ def build(seed: int = 0) -> QwenImagePipeline:
 
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """A vision-language model, of which the pipeline uses the language half."""
+    """A vision-language model. The pipeline uses its language half."""
     text_config = parts.language_sizes(
         tokenizer,
         num_attention_heads=4,

@@ -122,7 +122,7 @@ def test_sizes_that_the_model_or_the_data_cannot_have_are_refused(bucketed):
 
 
 def test_batches_have_one_size_and_epochs_their_number(bucketed):
-    """5, 3 and 1 pairs in batches of 2 are 3, 2 and 1 batches, in which 3 pairs come a second time."""
+    """5, 3 and 1 pairs in batches of 2 make 3, 2 and 1 batches; 3 pairs come twice."""
     trainer = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, max_steps=-1, num_train_epochs=2)
     met = [shapes(trainer) for _ in range(2)]
     assert len(met[0]) == len(trainer.get_train_dataloader()) == 6

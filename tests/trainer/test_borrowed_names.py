@@ -1,4 +1,4 @@
-"""Private names of transformers' Trainer that the trainer borrows: all are listed, and checked at import."""
+"""The private names of transformers' Trainer that we borrow are all listed, and checked at import."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""How data reach the trainer: batches are loaded in turn and in order, and wrong batch sizes are refused."""
+"""How data reach the trainer: batches in turn and in order, wrong batch sizes refused."""
 
 import datasets
 import datasets.distributed

@@ -1,4 +1,4 @@
-"""Bad input, each with an error that tells the rule, what came and what to do."""
+"""Bad input: each error says the rule, what came and what to do."""
 
 import datasets
 import numpy as np

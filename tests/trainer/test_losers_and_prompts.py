@@ -1,5 +1,4 @@
-"""Runs on permuted losers and on a prompt of each image: what the denoiser is given, what is computed before training,
-and what is refused."""
+"""Permuted losers and a prompt for each image: what the denoiser gets, what is precomputed, and what is refused."""
 
 from pathlib import Path
 

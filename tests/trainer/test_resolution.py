@@ -1,4 +1,4 @@
-"""The size of training images: its forms, what is refused, and that height and width are trained at."""
+"""The size of training images: its forms, what is refused, and that height and width reach the training."""
 
 import pytest
 

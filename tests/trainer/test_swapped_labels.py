@@ -1,4 +1,4 @@
-"""A run on swapped labels is the run on data whose columns were exchanged."""
+"""A run with swapped labels is the run on data with exchanged columns."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,5 @@
-"""Prints every requirement, one per line: with `lowest`, its lowest declared version, for `make test-floors`; with
-`newest`, without its upper bound, for `make test-newest`. Torch is left out, as the tests can install one build of it
-only."""
+"""Print the requirements, one per line: pinned to their lowest versions (`lowest`) or without upper bounds (`newest`),
+for these two parts of `make test-all`. Torch is left out: the tests can install only one build of it."""
 
 import sys
 import tomllib

@@ -1,5 +1,5 @@
-"""Import, one optimizer step of a LoRA on the demo's tiny pipeline, save, and load in plain diffusers:
-`make test-pythons` runs this under every Python that it finds."""
+"""Train a LoRA of the demo's pipeline for one step, save it, and load it in plain diffusers. run_pythons.py runs this
+under every Python it finds."""
 
 import sys
 import tempfile

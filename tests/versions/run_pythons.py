@@ -1,5 +1,5 @@
-"""Installs the package under every newer Python of this machine, and tunes, saves and loads a LoRA with each: `make
-test-pythons`. A Python for which there is only PyTorch's CUDA build takes about 6 GB of disk."""
+"""Tune, save and load a LoRA under every newer Python of this machine: `make test-all PART=pythons`. A Python with only
+PyTorch's CUDA build takes about 6 GB of disk."""
 
 import argparse
 import os

@@ -72,7 +72,7 @@ __all__ = [  # re-exported
     "tree_leaves",
 ]
 
-# The supported versions of transformers, as in pyproject.toml. `make test-newest` tests versions above them.
+# The supported versions of transformers, as in pyproject.toml. `make test-all PART=newest` tests versions above them.
 TRANSFORMERS = ">=5.14.1,<5.25"
 
 # Private methods and attributes of transformers' Trainer that `DiffusionSDPOTrainer` overrides or uses, and what for.

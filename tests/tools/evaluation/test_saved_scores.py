@@ -1,4 +1,4 @@
-"""Scores that an evaluation has saved are used again by the same scorer only."""
+"""Saved scores are only used again by the same scorer."""
 
 import numpy as np
 import pytest

@@ -28,7 +28,7 @@ GUIDED = {
     "qwen_image_21": {"true_cfg_scale": G, "negative_prompt": "grey"},
     "lumina2": {"guidance_scale": G, "cfg_normalization": False},  # which is not linear
 }
-# One for each way in which pipelines call their denoisers.
+# One for each way that pipelines call their denoisers.
 KINDS = ("stable_diffusion", "pixart_alpha", "z_image", "qwen_image")
 MATRIX = [name for name in CASES if name not in (*KINDS, "flux_schnell")]  # distilled models refuse these scales
 EVERY = [*KINDS, *(pytest.param(name, marks=pytest.mark.matrix) for name in MATRIX)]

@@ -143,7 +143,7 @@ def test_the_command_makes_pairs_with_a_function_of_ones_own(sd_folder, tmp_path
 
 @pytest.mark.parametrize("command", [("pairs", "generate"), ("evaluate",)])
 def test_processes_wait_up_to_a_day_for_the_slowest(command, monkeypatch, tmp_path):
-    """By default, processes on GPUs end after ten minutes in which one of them still generates."""
+    """By default, processes on GPUs end if one still generates after ten minutes."""
 
     class Started(Exception):
         pass

@@ -1,4 +1,4 @@
-"""Scores for given pairs: every format, each image once, killed and continued, and what training makes of them."""
+"""Scores for given pairs: every format, each image once, killed and resumed, and what training makes of them."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""Settings of earlier versions: every way in says where they went, and runs that had them resume."""
+"""Settings of earlier versions: every way in says where they went, and their runs resume."""
 
 import dataclasses
 import json
