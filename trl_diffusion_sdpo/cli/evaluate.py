@@ -26,9 +26,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         description=(
             "Compare models: generate images for the same prompts from the same noise, score them, and write a report "
-            "with each model's win rate against the first. Without scorers, it only shows the images. Interrupted? Run "
-            "the same command again, and it continues. For several GPUs: `accelerate launch -m trl_diffusion_sdpo "
-            "evaluate`."
+            "with each model's win rate against the first. Without scorers, it only shows the images. After an "
+            "interruption, run the same command again to continue. For several GPUs: `accelerate launch -m "
+            "trl_diffusion_sdpo evaluate`."
         ),
     )
     add = parser.add_argument
