@@ -167,7 +167,7 @@ class EncodedPairs:
         digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:
-            raise UserError(f"The prompt {prompt!r} is not in the cache. Start the run again to add the prompt.")
+            raise UserError(f"The prompt {prompt!r} is not in the cache. Start the run again to add it.")
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:
             raise UndecodableImageError("a source image could not be decoded when the cache was made")

@@ -288,7 +288,7 @@ class PairEncoding:
         if bad:
             listed = "".join(f"\n  {reason}" for _, reason in bad[:MAX_EXAMPLES])
             logger.warning(
-                "%s data: %d images cannot be decoded. The next readable pair replaces pairs with these images:%s",
+                "%s data: %d images cannot be decoded. The next good pair takes the place of theirs:%s",
                 name,
                 len(bad),
                 listed,

@@ -189,8 +189,8 @@ def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list
             if not any(peers.gather_results(lacks_rows)):
                 return
     raise UserError(
-        "All processes must see all files of the cache, but some processes do not see all files in "
-        f"{stores[0].path}. Choose a `precompute_dir` on storage that all processes share."
+        f"All processes must see all files of the cache, but some do not see all of {stores[0].path}. Choose a "
+        "`precompute_dir` on storage that they share."
     )
 
 
@@ -200,7 +200,7 @@ def _lock_together(store: ShardStore, peers: Peers, stack: contextlib.ExitStack)
     waits = False
     while not peers.first(lambda: store.lock(stack)):
         if not waits and peers.index == 0:
-            logger.warning("Another run is writing into %s. Waiting until that run has finished writing.", store.path)
+            logger.warning("Another run is writing into %s. Waiting until it has finished.", store.path)
         waits = True
         time.sleep(POLL_SECONDS)
 

@@ -124,7 +124,7 @@ class ScoreSettings:
             )
         if len(weights) > 1 and (weights == weights[0]).all():
             logger.warning(
-                "`pair_weights=%r` has no effect, because all pairs of the %s data have the same weight.",
+                "`pair_weights=%r` has no effect: all pairs of the %s data have the same weight.",
                 self.pair_weights,
                 dataset.report.name,
             )

@@ -115,8 +115,8 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
         )
     if options.needs_masks and not has_masks:
         raise UserError(
-            f"{options.needs_masks} needs data with a mask column, and the {name} data have no masks. Add the column, "
-            "or leave the setting out."
+            f"{options.needs_masks} needs data with a mask column, and the {name} data have none. Add it, or leave the "
+            "setting out."
         )
     shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
     if options.noise_seeds and shared:

@@ -114,8 +114,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         self._epoch = new_epoch()
         if any(is_split_by_node(stream.source) for stream in streams):
             raise UserError(
-                "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
-                f"{name} stream. Pass the stream without this split."
+                "The trainer splits a stream among the processes itself, but `split_dataset_by_node` has already split "
+                f"the {name} stream. Pass it without this split."
             )
         check_formats({stream.name: stream.format for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]

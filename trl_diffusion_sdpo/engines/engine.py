@@ -155,14 +155,13 @@ class Engine:
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
             raise UserError(
-                "Each image must be processed by a single process, because the error is a mean over the image. "
-                "The settings turn on tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or "
-                "ZeRO."
+                "Each image must be processed by a single process, because its error is a mean over the image. Tensor, "
+                "context and sequence parallelism split images. Use DDP, FSDP2 or ZeRO."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise UserError(
-                "FSDP must shard weights over all processes. If processes had copies of a shard, inner products of "
-                "gradients would count the shard several times. Got `parallelism_config` with "
+                "FSDP must shard weights over all processes: copies of a shard would count several times in inner "
+                "products of gradients. Got `parallelism_config` with "
                 f"`dp_replicate_size={parallel.dp_replicate_size}` (HSDP). Leave `dp_replicate_size` out."
             )
         if self._is_fsdp and not self.accelerator.is_fsdp2:

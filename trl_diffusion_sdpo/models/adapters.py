@@ -162,8 +162,8 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     if active_adapter(denoiser) is not None:
         raise UserError(
             "`peft_config` adds a LoRA to a model without one, but the model already has the adapter "
-            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to train this adapter further, or fuse the adapter "
-            "into the model first."
+            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to train it further, or fuse it into the model "
+            "first."
         )
     config = copy.deepcopy(_check_lora(peft_config))
     if config.init_lora_weights not in ZERO_STARTS:

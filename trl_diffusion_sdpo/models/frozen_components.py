@@ -132,8 +132,8 @@ class FrozenComponents:
         state of the CPU's random number generator."""
         if self._load is None:
             raise UserError(
-                "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
-                "meta device, without weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
+                "Training needs the weights of the pipeline's VAE and text encoders, but they are on the meta device, "
+                "without any. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
             )
         start = time.monotonic()
         pipeline = self.family.pipeline
@@ -151,8 +151,8 @@ class FrozenComponents:
             if not self._was_read:
                 self._was_read = True
                 logger.info(
-                    "Loaded VAE and text encoders in %.1f s. Both are freed after each use, and loaded again for the "
-                    "next use.",
+                    "Loaded VAE and text encoders in %.1f s. They are freed after each use, and loaded again for the "
+                    "next.",
                     time.monotonic() - start,
                 )
                 check_text_encoding(self.family)
@@ -253,10 +253,9 @@ def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
 def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
     if _is_quantized(part):
         raise UserError(
-            "`offload_frozen_components` and `precompute_latents` cannot move quantized components, because quantized "
-            f"weights must stay together with their scales. `{name}` is quantized. Leave both settings out. With "
-            "`precompute_latents`, you can also pass the model as a Hub id or folder, because its components are then "
-            "freed instead of moved."
+            f"`offload_frozen_components` and `precompute_latents` cannot move quantized components such as `{name}`: "
+            "their weights must stay with their scales. Leave both settings out, or with `precompute_latents` pass the "
+            "model as a Hub id or folder, whose components are freed instead."
         )
 
 
@@ -288,8 +287,8 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
     vae = cast_copy(vae, dtype)
     if forced:
         logger.warning(
-            "`vae_dtype='float16'` is used although the VAE's configuration says that it overflows (`%s`). If latents "
-            "are not finite, the run stops. Use 'auto' or 'bfloat16'.",
+            "`vae_dtype='float16'` overflows according to the VAE's configuration (`%s`), and the run stops if latents "
+            "are not finite. Use 'auto' or 'bfloat16'.",
             OVERFLOWS,
         )
         vae.register_to_config(**{OVERFLOWS: False})  # if True, diffusers would encode in float32

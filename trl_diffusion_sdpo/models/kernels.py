@@ -18,8 +18,8 @@ def check_attention(denoiser: nn.Module) -> None:
     refused = [name for name in attention_backends(denoiser) if NO_BACKWARD in name]
     if refused:
         raise UserError(
-            "Training needs an attention back end with a backward pass. Back ends that quantize queries and keys have "
-            f"none, got {refused[0]!r}. Choose another one in `DIFFUSERS_ATTN_BACKEND` or `set_attention_backend`."
+            "Training needs an attention back end with a backward pass, and those that quantize queries and keys have "
+            f"none; got {refused[0]!r}. Choose another in `DIFFUSERS_ATTN_BACKEND` or `set_attention_backend`."
         )
 
 

@@ -165,9 +165,9 @@ def _resolve(
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise UserError(
-            "`processing_class` is only used if `model` is a UNet or transformer. Here `model` is a whole pipeline, "
-            f"and `processing_class` is a {type(processing_class).__name__}. Leave `processing_class` out, or put its "
-            "components into the pipeline."
+            "`processing_class` is only for a `model` that is a UNet or transformer. Here `model` is a whole pipeline, "
+            f"and `processing_class` a {type(processing_class).__name__}. Leave it out, or put its components into the "
+            "pipeline."
         )
     if isinstance(model, (str, Path)):
         options = dict(model_init_kwargs or {})

@@ -187,7 +187,7 @@ def load_denoiser(
     if unknown:
         raise UserError(
             f"A denoiser can be loaded with the options {', '.join(DENOISER_OPTIONS)} and dtype. Got also "
-            f"{', '.join(unknown)}. Leave out these options, or pass a loaded pipeline."
+            f"{', '.join(unknown)}. Leave these out, or pass a loaded pipeline."
         )
     index = _index_of(name_or_path, base, **from_pretrained)
     family = family_for_class_name(index[CLASS])
@@ -213,8 +213,8 @@ def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, A
     taken = options.keys() & {"quantization_config", family.denoiser_name}
     if taken:
         raise UserError(
-            "Only one quantization configuration can apply to the denoiser. Got a quantization configuration for the "
-            f"denoiser, and also the option `{min(taken)}`. Pass only one of the two."
+            f"Only one quantization configuration can apply to the denoiser, got one and the option `{min(taken)}`. "
+            "Pass one of the two."
         )
     mapping = {family.denoiser_name: quantization}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}

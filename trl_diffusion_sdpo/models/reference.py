@@ -205,8 +205,8 @@ def build_reference(
     if users_module is not None:
         if follows and adapter_layers(denoiser):
             raise UserError(
-                "If a LoRA trains, `sync_ref_model` uses a second LoRA as the reference, and the trainer creates this "
-                "LoRA itself. `ref_model` was passed too. Leave `ref_model` out."
+                "With a LoRA, `sync_ref_model` uses a second LoRA as the reference, which the trainer creates itself, "
+                "but got a `ref_model` too. Leave `ref_model` out."
             )
         frozen = FrozenReference(users_module, denoiser, engine, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, partial(_with_scalings, users_module)) if precomputed else frozen

@@ -43,9 +43,8 @@ def check_text_encoding(family: Family) -> None:
         first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
         if first == second:
             raise UserError(
-                f"A tokenizer must turn different prompts into different tokens. The tokenizer of `{name}` turns both "
-                f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. The tokenizer's vocabulary is missing. Download the "
-                "tokenizer's folder again."
+                f"A tokenizer must turn different prompts into different tokens, but that of `{name}` turns both "
+                f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. Its vocabulary is missing. Download its folder again."
             )
     if family.takes_source:
         encoded = family.encode_edits(list(PROMPTS), [[Image.new("RGB", (256, 256))]] * len(PROMPTS))
@@ -55,9 +54,8 @@ def check_text_encoding(family: Family) -> None:
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
         raise UserError(
-            f"Encoded prompts must be finite. `{broken[0]}` of {PROMPTS[0]!r} is not finite. Either the text encoder "
-            "overflows in its dtype, or its weights are damaged. Load the text encoder in float32, or download it "
-            "again."
+            f"Encoded prompts must be finite, and `{broken[0]}` of {PROMPTS[0]!r} is not. The text encoder overflows "
+            "in its dtype, or its weights are damaged. Load it in float32, or download it again."
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
         raise UserError(

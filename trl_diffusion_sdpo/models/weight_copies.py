@@ -84,8 +84,8 @@ class SecondAdapter:
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise UserError(
-                f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights. The model "
-                "already has an adapter of this name. Rename or delete this adapter."
+                f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights, and the model "
+                "already has an adapter of this name. Rename or delete it."
             )
         self.engine = engine
         self._denoiser = denoiser
@@ -289,13 +289,12 @@ def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tenso
     if not file.is_file():
         raise UserError(
             "A run with averaged weights (`ema_decay`) or a stored reference (`sync_ref_model`, or a LoRA that was "
-            f"trained before) can resume only from a checkpoint that contains {file.name}. {file.parent} does not "
-            "contain this file. Resume with the settings with which the checkpoint was written."
+            f"trained before) can resume only from a checkpoint that contains {file.name}, and {file.parent} does not. "
+            "Resume with the settings of the checkpoint."
         )
     stored = load_file(file)
     if stored.keys() != weights.keys():
         raise UserError(
-            f"{file} does not contain the weights that this run trains. Resume with the settings with which the "
-            "checkpoint was written."
+            f"{file} does not contain the weights that this run trains. Resume with the settings of the checkpoint."
         )
     return stored

@@ -97,8 +97,8 @@ class CheckpointOnInterrupt(TrainerCallback):
         self.interrupted = signal.Signals(number)
         self.exchange.request_stop()
         logger.warning(
-            "Got %s. Training saves a checkpoint and stops after this step. A second signal stops training at once, "
-            "without a checkpoint.",
+            "Got %s. Training saves a checkpoint and stops after this step. A second signal stops it at once, without "
+            "a checkpoint.",
             self.interrupted.name,
         )
 

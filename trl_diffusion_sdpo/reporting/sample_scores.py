@@ -63,9 +63,7 @@ class SampleScores:
                 rates are computed.
         """
         if not before and self._processes.index == 0:
-            logger.warning(
-                "Sample images get no win rates, because `output_dir` contains no sample images from before training."
-            )
+            logger.warning("Sample images get no win rates: `output_dir` has none from before training.")
         self._before = self._processes.first(
             lambda: {name: self._score(name, before) for name in self._scorers if before}
         )
@@ -93,8 +91,7 @@ class SampleScores:
             return float(np.nanmean(scores)), win_rate(scores, self._before[name]) if self._before else None
         except Exception as error:
             logger.warning(
-                "The scorer %r failed on the sample images of step %s. Training continues without the scores of this "
-                "step. %s: %s",
+                "The scorer %r failed on the sample images of step %s. Training continues without its scores. %s: %s",
                 name,
                 step,
                 type(error).__name__,

@@ -133,7 +133,7 @@ class Checkpoints:
         if folder is None and point is True:
             raise UserError(
                 f"To resume, `output_dir` must contain a checkpoint, but {output_dir} contains none. Start without "
-                f"`resume_from_checkpoint`, or use {LATEST!r}, which starts anew if there is no checkpoint."
+                f"`resume_from_checkpoint`, or use {LATEST!r}, which then starts anew."
             )
         if folder is None:
             if self._processes.is_main_process:

@@ -137,7 +137,7 @@ class Publisher:
         if self.repository is None:
             return
         if not self.is_done():
-            logger.info("Waiting until the upload in progress is complete.")
+            logger.info("Waiting for the upload in progress.")
         for job in self._jobs:
             job.exception()
         self._jobs = []

@@ -185,8 +185,8 @@ def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None
     found = differences(*_known_to_both(before, now))
     if has_budget and (found or (before is None) != (now is None)):
         raise UserError(
-            "`winner_budget` compares errors with those before training on the same evaluation pairs, and the pairs "
-            f"differ from the checkpoint's ({listed(found) or 'only one of the runs has some'}). Pass the checkpoint's "
+            "`winner_budget` compares errors with those before training on the same evaluation pairs, and these differ "
+            f"from the checkpoint's ({listed(found) or 'only one of the runs has some'}). Pass the checkpoint's "
             "`eval_dataset`, or start anew from its weights."
         )
     if found:

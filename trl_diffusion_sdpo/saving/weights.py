@@ -221,9 +221,9 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
         raise UserError(
-            f"A LoRA must fit the model, and {file} contains a LoRA for another architecture or configuration. The "
-            f"file has {len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use "
-            "the base model and the `peft_config` of the run that wrote this file."
+            f"A LoRA must fit the model, and {file} is for another architecture or configuration. It has {len(stored)} "
+            f"tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use the base model and the "
+            "`peft_config` of the run that wrote it."
         )
 
 

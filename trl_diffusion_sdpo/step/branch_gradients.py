@@ -69,8 +69,8 @@ class BranchGradients:
         for name, gradient in gradients.items():
             if all(tensor is None for tensor in gradient):
                 raise RuntimeError(
-                    f"Each backward pass must give trained weights a gradient. The pass of the {name} gave no weight a "
-                    "gradient. Check that the denoiser uses its trained weights."
+                    f"Each backward pass must give trained weights a gradient, and that of the {name} gave none. Check "
+                    "that the denoiser uses its trained weights."
                 )
             gradients[name] = self.backend.all_reduced(gradient)
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR, OUTSIDE) if name in gradients]

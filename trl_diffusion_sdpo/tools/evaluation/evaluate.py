@@ -131,9 +131,8 @@ def _evaluate(
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
                 raise UserError(
-                    f"{scorer_name} cannot compare {name} with {base}, because there is no prompt and seed for which "
-                    "the images of both models have scores. Black images have no score. Turn off the safety checker, "
-                    "or look at the images."
+                    f"{scorer_name} cannot compare {name} with {base}: no prompt and seed has scores for the images of "
+                    "both. Black images have no score. Turn off the safety checker, or look at the images."
                 )
 
     # Compare the models.
@@ -296,7 +295,7 @@ def _notes(
             present = scored[np.isfinite(scored)]
             missing = scored.size - present.size - int(looks[model]["black"])
             if missing:
-                notes.append(f"{scorer} gave no score to {missing} images of {model}. These images are left out.")
+                notes.append(f"{scorer} gave no score to {missing} images of {model}, which are left out.")
             if present.size > 1 and np.ptp(present) == 0:
                 notes.append(f"{scorer} gave all images of {model} the same score, so its results are useless.")
     return notes

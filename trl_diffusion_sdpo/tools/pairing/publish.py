@@ -36,11 +36,11 @@ PICKED = "Pairs of images of equal prompts, of which a person picked the better 
 
 # Training advice for the cards. Its numbers come from the section "Aligned pairs" of docs/measurements.md.
 ALIGNED_ADVICE = (
-    "The chosen and the rejected image of these pairs share most of their content. Train on these pairs with a strict "
-    "safeguard: `safeguard: output` with `safeguard_mu: 0.9`, or `safeguard: parameter` with `safeguard_mu: 0.8`. Do "
-    "not train on these pairs without a safeguard: on a small test model, plain Diffusion-DPO raised the denoising "
-    "error on chosen images elevenfold to sixtyfold, and the tuned model's images were worse than the base model's. If "
-    "the accuracy on held-out pairs stays near 0.5, raise the learning rate before you lower `safeguard_mu`."
+    "The chosen and the rejected image of these pairs share most of their content. Train on them with a strict "
+    "safeguard: `safeguard: output` with `safeguard_mu: 0.9`, or `safeguard: parameter` with `safeguard_mu: 0.8`. "
+    "Never train on them without one: on a small test model, plain Diffusion-DPO raised the denoising error on chosen "
+    "images elevenfold to sixtyfold, and the tuned model's images were worse than the base model's. If the accuracy on "
+    "held-out pairs stays near 0.5, raise the learning rate before you lower `safeguard_mu`."
 )
 NEGATIVES_ADVICE = (
     "Training on these pairs moves the model towards its own guided images, so that it needs less classifier-free "
