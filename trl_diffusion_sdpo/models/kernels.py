@@ -13,8 +13,8 @@ NO_BACKWARD = "sage"  # back ends with this word in their name have no backward 
 
 
 def check_attention(denoiser: nn.Module) -> None:
-    """Raise `ValueError` if a denoiser's attention uses a back end without a backward pass. Back ends are chosen by
-    diffusers: by its variable `DIFFUSERS_ATTN_BACKEND`, or by the method `set_attention_backend` of the denoiser."""
+    """Raise `ValueError` if a denoiser's attention uses a back end without a backward pass, chosen by diffusers'
+    variable `DIFFUSERS_ATTN_BACKEND` or the denoiser's `set_attention_backend`."""
     refused = [name for name in attention_backends(denoiser) if NO_BACKWARD in name]
     if refused:
         raise UserError(
