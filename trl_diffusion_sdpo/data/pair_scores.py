@@ -77,7 +77,7 @@ class ScoreSettings:
         return tuple(name for name, is_set in settings.items() if is_set)
 
     def apply_to(self, dataset: PreferenceDataset, peers: Peers = ALONE) -> None:
-        """Compute and store calibrated scores and pair weights. All processes must call this method together.
+        """Compute and store calibrated scores and pair weights. Call it in all processes together.
 
         Raises:
             ValueError: If weights are negative or all 0.

@@ -200,7 +200,7 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def pinned_bytes(size: int) -> torch.Tensor:
-    """Return an empty tensor of `size` bytes in pinned memory. Tests replace this function."""
+    """Return an empty tensor of `size` bytes in pinned memory. Tests replace it."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 

@@ -201,7 +201,7 @@ class SampleImagesCallback(TrainerCallback):
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        """Score the sample images of a step. All processes must call this method."""
+        """Score the sample images of a step. Call it in all processes."""
         assert self.scores is not None, "The callers check it."
         folder = output_folder(args)
         with _restored_random_state(args.device):

@@ -69,7 +69,7 @@ class SampleScores:
         )
 
     def measure(self, step: int, images: Sequence[Path]) -> None:
-        """Score the sample images of a step. All processes must call this method.
+        """Score the sample images of a step. Call it in all processes.
 
         Args:
             step (`int`): Optimizer step at which the images were generated.

@@ -227,7 +227,7 @@ def score_rows(
     peers: Peers,
 ) -> np.ndarray:
     """Return the scores of images, or a judge's verdicts on pairs of images. Results that the same scorer has already
-    saved in the folder are not computed again. All processes must call this function.
+    saved in the folder are not computed again. Call it in all processes.
 
     Args:
         models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
