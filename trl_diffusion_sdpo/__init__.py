@@ -1,7 +1,7 @@
 """Preference tuning of text-to-image diffusers pipelines with a trainer like those of TRL.
 
-Diffusion-SDPO adds a safeguard to Diffusion-DPO, so that the error on preferred images does not rise. Importing this
-package is fast, because each public name is imported at its first use.
+Diffusion-SDPO adds a safeguard to Diffusion-DPO, so that the error on preferred images does not rise. Importing the
+package is fast: each public name is imported at its first use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,4 @@
-"""Reads encoded images and encoded prompts from a cache on disk. The cache is filled before training, and each of its
-rows holds one encoded image or one encoded prompt."""
+"""Reads encoded images and prompts, one a row, from a cache on disk that is filled before training."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ MIRRORED = PairDraws(0.0, 0.0, 0.0, 1.0, 0)
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Row numbers of encoded images in the cache. An image with random crops or flips is encoded several times. Each of
-    these encodings is called a variant and has its own row.
+    """Row numbers of encoded images in the cache. Random crops or flips give an image several encodings (variants),
+    each with a row of its own.
 
     Variant v of image i has the row number `v * number_of_images + i`. If crops are centered, variant 0 is the image
     without a flip, and variant 1 the flipped image. If crops are random, variant v has the crop and flip of epoch v,
@@ -44,7 +43,7 @@ class ImageRows:
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
-        """Assign row numbers to the images of a data set. If crops are random, each image gets `crops` variants."""
+        """Assign row numbers to the images of a data set; with random crops, `crops` variants each."""
         flips, random_crops = dataset.augmentations
         small = np.int32 if 2 * len(dataset) <= np.iinfo(np.int32).max else np.int64  # tens of millions of pairs
         if random_crops:
@@ -167,7 +166,7 @@ class EncodedPairs:
         digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:
-            raise UserError(f"The prompt {prompt!r} is not in the cache. Start the run again to add the prompt.")
+            raise UserError(f"The prompt {prompt!r} is not in the cache. Start the run again to add it.")
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:
             raise UndecodableImageError("a source image could not be decoded when the cache was made")

@@ -1,5 +1,5 @@
-"""Encodes images and prompts before training. The processes divide the rows that are missing in the cache among
-themselves. In training, data sets read the cache."""
+"""Encodes images and prompts before training. The processes share the rows that the cache lacks; in training, data sets
+read it."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class EncodingSettings:
     size: tuple[int, int]  # height and width of the images
     crops: int  # number of random crops of each image; unused if crops are centered
     largest_batch: int  # number of pairs in the largest batch of training and evaluation
-    # Function that returns an iterable of a data set's items in order. The function's arguments are the data set, the
-    # preference pairs from which the data set reads, and the size of an item in bytes.
+    # Returns an iterable of a data set's items in order, from the data set, the pairs that it reads from, and the size
+    # of an item in bytes.
     load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
     peers: Peers
 
@@ -95,8 +95,8 @@ class _Cache:
 
 
 class PairEncoding:
-    """Encodes images and prompts that are missing in the cache of a data set, and makes the data set read the cache.
-    VAE and text encoders are loaded only if something must be encoded."""
+    """Encodes the images and prompts that the cache of a data set lacks, and makes the data set read the cache. VAE and
+    text encoders are loaded only if something must be encoded."""
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen = frozen
@@ -111,14 +111,14 @@ class PairEncoding:
         return self._settings.folder
 
     def add_to(self, dataset: PreferenceDataset, name: str) -> None:
-        """Make a data set read encoded pairs from a cache. All processes must call this method together.
+        """Make a data set read encoded pairs from a cache. Call it in all processes together.
 
         Args:
             name (`str`): Name of the data set in error messages and logs.
 
         Raises:
-            ValueError: If a prompt's encoding depends on the other prompts of its batch, if the cache cannot be
-                written, or if processes do not see the files that other processes write.
+            ValueError: If a prompt's encoding depends on the others of its batch, the cache cannot be written, or
+                processes do not see each other's files.
             DiskFullError: If the disk is full. The shards that were already written stay in the cache.
         """
         prompts = 2 if dataset.has_loser_prompts else 1
@@ -288,7 +288,7 @@ class PairEncoding:
         if bad:
             listed = "".join(f"\n  {reason}" for _, reason in bad[:MAX_EXAMPLES])
             logger.warning(
-                "%s data: %d images cannot be decoded. The next readable pair replaces pairs with these images:%s",
+                "%s data: %d images cannot be decoded. The next good pair takes the place of theirs:%s",
                 name,
                 len(bad),
                 listed,
@@ -296,8 +296,8 @@ class PairEncoding:
 
 
 def check_prompt_padding(setting: str, family: Family, largest_batch: int, prompts_of_a_pair: int = 1) -> None:
-    """Raise `ValueError` if a prompt's encoding depends on the other prompts of its batch, because `setting` encodes
-    prompts in other batches than training does."""
+    """Raise `ValueError` if a prompt's encoding depends on the others of its batch: `setting` encodes prompts in other
+    batches than training."""
     depends = {"start"} if setting == "precompute_latents" else {"start", "end, shifting the image"}
     if family.prompt_padding in depends and largest_batch * prompts_of_a_pair > 1:
         advice = (
@@ -323,16 +323,16 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
 
 
 def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies: int) -> dict[str, torch.Tensor]:
-    """Encode one edit, and return the resulting tensors on the CPU. The edit is encoded in a batch of `copies` copies,
-    because CPUs round batches of a single edit differently."""
+    """Encode one edit, and return the resulting tensors on the CPU. It goes in a batch of `copies`: CPUs round batches
+    of one differently."""
     with torch.no_grad():
         encoded = family.encode_edits([prompt] * copies, [sources] * copies)
     return {name: value[0].cpu() for name, value in encoded.items()}
 
 
 def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Run the VAE's encoder on uint8 images `(3, H, W)`, and return its output (moments) on the CPU. A single image is
-    encoded in a batch of two copies, because CPUs round convolutions of a single image differently."""
+    """Run the VAE's encoder on uint8 images `(3, H, W)`, and return its output (moments) on the CPU. A single image
+    goes in two copies: CPUs round convolutions of one image differently."""
     batch = torch.stack([*pixels, *pixels] if len(pixels) == 1 else list(pixels))
     with torch.no_grad():
         return encode(batch)[: len(pixels)].cpu()

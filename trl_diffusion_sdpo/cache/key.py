@@ -1,5 +1,5 @@
-"""Computes cache keys of VAE and text encoders: from facts about the model's files, or from weights and configurations
-if the model was not loaded from files."""
+"""Cache keys of VAE and text encoders: from facts about the model's files, or without files from weights and
+configurations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WHERE = ("cache_dir", "revision", "token")  # arguments that say where files are
 
 
 class EncoderKey:
-    """Cache key that identifies VAE and text encoders. Other models or other settings have another key."""
+    """Cache key of VAE and text encoders. Other models or settings have another."""
 
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, peers: Peers = ALONE) -> None:
         self._frozen = frozen
@@ -36,8 +36,8 @@ class EncoderKey:
 
     @functools.cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Everything that encoded images (`vae`) and encoded prompts (`text`) depend on, as values for JSON. All
-        processes must read this property together, because the first process computes it for all."""
+        """What encoded images (`vae`) and encoded prompts (`text`) depend on, as values for JSON. Read it in all
+        processes together: the first computes it for all."""
         return self._peers.first(self._facts)
 
     def _facts(self) -> dict[str, dict[str, Any]]:
@@ -65,7 +65,7 @@ class EncoderKey:
         return plain(facts)
 
     def _files(self) -> dict[str, Any] | None:
-        """Describe the model's files, or its commit on the Hub. Return `None` if the model was not loaded from them."""
+        """Describe the model's files, or its commit on the Hub, or return `None` if it was loaded from neither."""
         origin = self._loaded.name_or_path
         options = self._loaded.options
         if origin is None or not options or any(isinstance(value, nn.Module) for value in options.values()):

@@ -1,6 +1,5 @@
-"""Computes the reference model's prediction errors on all pairs before training, so that training steps need no forward
-pass of the reference. Each epoch with other random numbers has errors of its own. Each process computes a share of the
-errors."""
+"""Computes the reference's errors on all pairs before training, so that steps need no forward pass of it. Each epoch
+with other random numbers has errors of its own. Each process computes a share."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ class ErrorSettings:
     folder: Path  # folder of all caches
     facts: Mapping[str, Any]  # part of the cache key that depends on reference, encoders and precision
     epochs: int  # number of epochs after which the random numbers of training pairs repeat
-    # Number of pairs in a forward pass. Pass the batch sizes of training and evaluation, so that errors are equal, bit
-    # by bit, to the errors that the reference would compute during training.
+    # Number of pairs in a forward pass. With the batch sizes of training and evaluation, errors equal those during
+    # training bit by bit.
     batch_size: int
     eval_batch_size: int
     to_inputs: Callable[[Items], dict[str, Any]]  # function that collates items and moves the batch to the device
@@ -54,8 +53,8 @@ class ErrorSettings:
 
 
 class ReferenceErrors:
-    """Computes the prediction errors of the reference model on the pairs of data sets, and adds the errors to the data
-    sets. Errors are stored on disk, and only missing errors are computed.
+    """Computes the reference's errors on the pairs of data sets, and adds them to the data sets. They are stored on
+    disk, and only missing ones are computed.
 
     A store has float32 errors of shape `(E, P, 2)`, for E epochs, P pairs, and winner and loser. One row of the store
     has the errors of up to [`SHARD_PAIRS`] pairs in one epoch. The errors of a pair that could not be read are NaN.
@@ -77,11 +76,11 @@ class ReferenceErrors:
         self._settings = settings
 
     def add_to(self, dataset: PreferenceDataset) -> None:
-        """Add the errors of the reference to the pairs of a data set. All processes must call this method together.
+        """Add the errors of the reference to the pairs of a data set. Call it in all processes together.
 
         Raises:
-            ValueError: If errors must be computed, but [`release`] was already called, if `precompute_dir` cannot be
-                written, or if processes do not see the files that other processes write.
+            ValueError: If errors are missing after [`release`], `precompute_dir` cannot be written, or processes do not
+                see each other's files.
             FloatingPointError: If an error of the reference is not finite.
         """
         store = self.store_of(dataset)
@@ -107,7 +106,7 @@ class ReferenceErrors:
         self._reference.release()
 
     def store_of(self, dataset: PreferenceDataset) -> ShardStore:
-        """Return the store on disk for the errors on a data set. All processes must call this method together."""
+        """Return the store on disk for the errors on a data set. Call it in all processes together."""
         noise = dataclasses.asdict(self._forward.noise_settings)
         del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
         facts = {
@@ -170,14 +169,14 @@ class ReferenceErrors:
                         if len(waiting[shapes]) == size:
                             self._fill(errors, pairs, waiting.pop(shapes), training)
                 for items in waiting.values():
-                    # In a batch of another size, errors may be rounded differently. In training, all batches are full,
-                    # so fill up this batch. In evaluations, the last batch is smaller, so do not fill it up.
+                    # Errors may round differently in a batch of another size. In training all batches are full, so fill
+                    # this one up; in evaluations the last is smaller, so leave it.
                     self._fill(errors, pairs, items, training, at_least=size if training else 0)
                 store.write(row, {row: {COLUMN: errors}})
 
     def _fill(self, errors: torch.Tensor, pairs: range, items: Items, training: bool, *, at_least: int = 0) -> None:
-        """Compute the errors of items in one forward pass, and write them into `errors`. If there are fewer than
-        `at_least` items, the first item is repeated to fill up the batch."""
+        """Compute the errors of items in one forward pass, filled up to `at_least` with the first item, and write them
+        into `errors`."""
         rows = [item["row"] for item in items]
         padded = items + items[:1] * (at_least - len(items))
         computed = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)

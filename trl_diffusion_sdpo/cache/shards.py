@@ -1,4 +1,4 @@
-"""Stores rows of tensors in safetensors files. The folder's name is a hash of all that the tensors depend on."""
+"""Stores rows of tensors in safetensors files, in a folder named by a hash of all that they depend on."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class ShardStore:
         return len(self._shard_of)
 
     def missing(self) -> np.ndarray:
-        """List the shards in the folder, and return the numbers of the rows that no shard contains. If a shard is
-        damaged or belongs to another store, log a warning and return its rows as missing."""
+        """List the shards in the folder, and return the numbers of the rows that none contains. A damaged or foreign
+        shard gets a warning, and its rows count as missing."""
         self._shard_of.fill(-1)
         _open.cache_clear()
         with self._naming_the_folder():
@@ -158,10 +158,10 @@ class ShardStore:
 
 
 def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list[np.ndarray]], None]) -> None:
-    """Compute the rows that stores lack. All processes must call this function together.
+    """Compute the rows that stores lack. Call it in all processes together.
 
-    Meanwhile, the first process locks the stores against other runs. While another run has locked a store, all
-    processes wait without a time limit.
+    Meanwhile, the first process locks the stores against other runs, or all wait without a time limit for the run that
+    has locked one.
 
     Args:
         compute (`Callable`): Function that computes and writes rows. Its argument is, for each store, an array with the
@@ -169,7 +169,7 @@ def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list
             have written their rows.
 
     Raises:
-        ValueError: If a folder cannot be written, or if processes do not see the files that other processes write.
+        ValueError: If a folder cannot be written, or processes do not see each other's files.
     """
 
     def lacks_rows() -> bool:
@@ -189,8 +189,8 @@ def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list
             if not any(peers.gather_results(lacks_rows)):
                 return
     raise UserError(
-        "All processes must see all files of the cache, but some processes do not see all files in "
-        f"{stores[0].path}. Choose a `precompute_dir` on storage that all processes share."
+        f"All processes must see all files of the cache, but some do not see all of {stores[0].path}. Choose a "
+        "`precompute_dir` on storage that they share."
     )
 
 
@@ -200,7 +200,7 @@ def _lock_together(store: ShardStore, peers: Peers, stack: contextlib.ExitStack)
     waits = False
     while not peers.first(lambda: store.lock(stack)):
         if not waits and peers.index == 0:
-            logger.warning("Another run is writing into %s. Waiting until that run has finished writing.", store.path)
+            logger.warning("Another run is writing into %s. Waiting until it has finished.", store.path)
         waits = True
         time.sleep(POLL_SECONDS)
 

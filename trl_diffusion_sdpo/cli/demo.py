@@ -11,20 +11,20 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description=(
-            "Train the package's tiny model with several methods on the same pairs: SFT, Diffusion-DPO, "
+            "Train a tiny model of the package with several methods on the same pairs: SFT, Diffusion-DPO, "
             "Diffusion-SDPO as published, and Diffusion-SDPO with stricter settings that protect the chosen images. "
-            "Then generate images with every tuned model, with and without classifier-free guidance, and write scores, "
-            "curves, images and a table to a folder."
+            "Then generate images with each, with and without classifier-free guidance, and write scores, curves, "
+            "images and a table to a folder."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output_dir", default="demo_output", help="Folder for everything that the demo writes.")
+    parser.add_argument("--output_dir", default="demo_output", help="Folder for all files.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the pairs, the noise and the generated images.")
     parser.add_argument("--max_steps", type=int, default=None, help="Optimizer steps per method; 240 if unset.")
     parser.add_argument(
         "--write_pairs",
         metavar="FOLDER",
-        help="Only write the pairs, without training: a folder of images that `train --dataset_name` reads.",
+        help="Only write the pairs: a folder of images that `train --dataset_name` reads.",
     )
     return parser
 
@@ -56,8 +56,7 @@ def _write_pairs(folder: str, seed: int) -> int:
     written = write_pairs(splits, folder)
     counts = " and ".join(f"{len(pairs)} pairs in {written / name}" for name, pairs in splits.items())
     print(
-        f"Wrote {counts}. To train a LoRA of the package's tiny model on these pairs:\n\n"
-        f"trl-diffusion-sdpo train --model_name_or_path {base_pipeline_folder()} \\\n"
-        f"    --dataset_name {written} --output_dir shapes-lora --use_peft --max_steps 20"
+        f"Wrote {counts}. To train a LoRA of the tiny model on them:\n\ntrl-diffusion-sdpo train --model_name_or_path "
+        f"{base_pipeline_folder()} \\\n    --dataset_name {written} --output_dir shapes-lora --use_peft --max_steps 20"
     )
     return EXIT_OK

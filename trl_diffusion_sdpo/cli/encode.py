@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo encode`: encode the images and prompts of a later training run with the same options. With
-`precompute_ref_errors`, also compute the denoising errors of the reference model."""
+"""`trl-diffusion-sdpo encode`: encode the images and prompts of a later training run with the same options, and with
+`precompute_ref_errors` compute the reference's denoising errors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str], prog: str) -> int:
-    # Set the option before parsing, because checks of other options depend on it.
+    # Before parsing: checks of other options depend on it.
     arguments = [*arguments, "--precompute_latents", "true"]
     return training.run(arguments, prog, command="encode", act=encode)
 
 
 def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
-    """Encode all images and prompts that are not in the cache yet, and print the folder of the cache.
+    """Encode all images and prompts that are not in the cache yet, and print its folder.
 
     Returns:
         `int`: The exit code.
@@ -39,7 +39,7 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
         trainer: Any = training.build_trainer(script_args, training_args, model_args)
         processes.print(_summary(trainer.encoding))
         trainer.precompute_reference_errors()
-        processes.print(f"The denoising errors of the reference model are in {trainer.encoding.folder / ERRORS}.")
+        processes.print(f"The reference's denoising errors are in {trainer.encoding.folder / ERRORS}.")
     processes.wait_for_everyone()
     processes.destroy_process_group()
     return EXIT_OK
@@ -86,7 +86,6 @@ def _encode_alone(
 def _summary(encoding: PairEncoding) -> str:
     done = encoding.report
     return (
-        f"The cache {encoding.folder} has {done.images} images (random crops and flips counted separately) and "
-        f"{done.prompts} prompts. This command encoded {done.encoded_images} of these "
-        f"images and {done.encoded_prompts} of these prompts."
+        f"The cache {encoding.folder} has {done.images} images (each random crop and flip counts) and {done.prompts} "
+        f"prompts, of which this command encoded {done.encoded_images} and {done.encoded_prompts}."
     )

@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo env`: print the versions of all relevant packages for a bug report."""
+"""`trl-diffusion-sdpo env`: print package versions for a bug report."""
 
 import argparse
 import platform

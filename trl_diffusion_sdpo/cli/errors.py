@@ -1,4 +1,4 @@
-"""Turn errors into short messages for users, also errors of libraries that parse arguments or read data."""
+"""Short messages for users instead of tracebacks, for errors of libraries that parse arguments or read data too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 
 def sentence(error: Exception) -> str:
     """Return the message of an error that this package raised, without secrets, and without the traceback that torch
-    puts before the message if a DataLoader worker raised the error."""
+    prepends to errors of DataLoader workers."""
     text = without_secrets(str(error))
     if _IN_WORKER.match(text) is None:
         return text
@@ -25,8 +25,7 @@ def sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reading_arguments() -> Iterator[None]:
-    """Return a context manager that turns a library's `ValueError` into an error of this package, so that users see
-    only its message."""
+    """Turn a library's `ValueError` into an error of this package, of which users see only the message."""
     try:
         yield
     except UserError:
@@ -37,7 +36,7 @@ def reading_arguments() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_data(name: str | None) -> Iterator[None]:
-    """Return a context manager that turns errors of libraries into a `ValueError` that names the data set.
+    """Turn errors of libraries into a `ValueError` that names the data set.
 
     Args:
         name (`str`, *optional*): Folder, file or Hub id of the data.

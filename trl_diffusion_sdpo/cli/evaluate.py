@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..tools.evaluation import Candidate
     from ..tools.evaluation.images import ImageSettings
 
-# Settings with which the Diffusion-SDPO authors generate images. In their code, guidance scale 0 means no guidance. In
-# diffusers, scale 1 means no guidance, so their scale 7.5 is scale 8.5 in diffusers.
+# How the Diffusion-SDPO authors generate images. No guidance is scale 0 in their code and 1 in diffusers, so their 7.5
+# is 8.5 here.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
 
 
@@ -26,9 +26,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         description=(
             "Compare models: generate images for the same prompts from the same noise, score them, and write a report "
-            "with the win rate of each model against the first model. Without scorers, the report only shows images. "
-            "If a call was interrupted, the same call continues where it stopped. To use several GPUs, start the "
-            "command as `accelerate launch -m trl_diffusion_sdpo evaluate`."
+            "with each model's win rate against the first. Without scorers, it only shows the images. After an "
+            "interruption, run the same command again to continue. For several GPUs: `accelerate launch -m "
+            "trl_diffusion_sdpo evaluate`."
         ),
     )
     add = parser.add_argument
@@ -37,9 +37,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="NAME=MODEL",
-        help="Models, the base model first. MODEL is a Hub id, the folder of a pipeline or the output folder of a "
-        "training run. `NAME=MODEL+LORA` adds a LoRA to the model. `NAME=MODEL@SCALE` multiplies the difference "
-        "between the tuned model and the base model by SCALE.",
+        help="Models, the base model first. MODEL is a Hub id, the folder of a pipeline or the output folder of a run. "
+        "`NAME=MODEL+LORA` adds a LoRA. `NAME=MODEL@SCALE` multiplies its difference from the base model by SCALE.",
     )
     add(
         "--scales",
@@ -47,19 +46,19 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="SCALE",
-        help="Evaluate each tuned model with its difference from the base model multiplied by each SCALE. Scale 1 is "
-        "the tuned model, and larger scales move further away from the base model. The report recommends one of the "
-        "scales. If the model is a training run, the recommendation is also written into its model card.",
+        help="Evaluate each tuned model with its difference from the base model multiplied by each SCALE: 1 is the "
+        "tuned model, larger scales move further away from the base. The report recommends one, and so does the model "
+        "card if the model is a training run.",
     )
-    form = "What a scale multiplies: the change of predictions (`guidance`, the default) or the change of weights."
+    form = "What a scale multiplies: the change of predictions (`guidance`, the default) or of weights."
     add("--form", choices=["guidance", "weights"], default="guidance", help=form)
     interval = "Lowest and highest noise level at which preference guidance acts, such as 0 0.62; all levels if unset."
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    seeds = "Seeds of the images (default: 0). Each prompt gets one image per seed."
+    seeds = "Seeds of the images, one image of each prompt per seed (default: 0)."
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
     protocol = (
-        "`authors`: the Diffusion-SDPO authors' settings: 50 Euler steps, guidance 8.5, equal noise for all prompts, "
-        "SDXL's empty negative prompt encoded, networks in bfloat16 (or `--dtype`) and the VAE in float32."
+        "`authors` generates as the Diffusion-SDPO authors do: 50 Euler steps, guidance 8.5, the same noise for all "
+        "prompts, SDXL's empty negative prompt encoded, networks in bfloat16 (or `--dtype`) and the VAE in float32."
     )
     add("--protocol", choices=["authors"], help=protocol)
     add_image_options(parser, prompt_split="test", is_prompts_required=True)
@@ -77,7 +76,7 @@ def run(arguments: list[str], prog: str) -> int:
     from ..tools.evaluation import evaluate_models
     from ..tools.evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
-    # Processes wait for the slowest process, which can take longer than the default timeout of ten minutes.
+    # Processes wait for the slowest, which can take longer than the default timeout of ten minutes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     candidates = _candidates(options)
     prompts = listed_prompts(options)
@@ -106,7 +105,7 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
         return candidates
     base, *tuned = candidates
     if not tuned:
-        raise UserError("`--scales` scales the models after the first one, the base, and got the base alone. Add one.")
+        raise UserError("`--scales` scales the models after the first, the base, and got the base alone. Add one.")
     return [base, *(scaled for candidate in tuned for scaled in at_scales(candidate, options.scales))]
 
 

@@ -15,15 +15,15 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         ),
     )
     add = parser.add_argument
-    add("--run", required=True, metavar="FOLDER", help="Output folder of the training run, or one of its checkpoints.")
-    add("--output", required=True, metavar="FILE", help="Name of the file to write, which must end in .safetensors.")
-    add("--average", action="store_true", help="Export the averaged weights that the setting `ema_decay` saves.")
+    add("--run", required=True, metavar="FOLDER", help="Output folder of the run, or one of its checkpoints.")
+    add("--output", required=True, metavar="FILE", help="File to write; its name must end in .safetensors.")
+    add("--average", action="store_true", help="Export the averaged weights (of `ema_decay`).")
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
-    from ..saving.lora_export import export_kohya  # imported late because it takes seconds
+    from ..saving.lora_export import export_kohya  # takes seconds
 
     tensors = export_kohya(options.run, options.output, average=options.average)
     count = sum(key.endswith(".alpha") for key in tensors)

@@ -1,4 +1,4 @@
-"""Options that are shared by the commands that generate and score images, and functions that read these options."""
+"""The options of all commands that generate and score images, and what reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_prompts_required: bool) -> None:
-    """Add the options for prompts, scorers and generated images to a parser."""
+    """Add the options for prompts, scorers and generated images."""
     add = parser.add_argument
     prompts = "Prompts: a .txt, .json, .jsonl or .csv file, or the Hub id of a data set."
     add("--prompts", required=is_prompts_required, metavar="FILE", help=prompts)
@@ -40,9 +40,9 @@ def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_
     add("--scorers", nargs="+", default=[], metavar="NAME", help=scorers)
     settings = 'Settings of each scorer by its name, such as {"hpsv2.1": {"batch_size": 4}}.'
     add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help=settings)
-    add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments for calling the pipelines.")
+    add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments of the pipelines' call.")
     add("--batch_size", type=int, default=4, metavar="N", help="Images per call of the pipeline (default: 4).")
-    add("--dtype", choices=DTYPES, default="float32", help="Dtype in which pipelines are loaded (default: float32).")
+    add("--dtype", choices=DTYPES, default="float32", help="Dtype of the pipelines (default: float32).")
     add("--device", metavar="NAME", help="Device for pipelines and scorers. Default: a GPU if there is one, else cpu.")
 
 
@@ -54,7 +54,7 @@ def show_log() -> None:
 
 
 def mapping_option(text: str) -> dict[str, Any]:
-    """Parse an option's text as a JSON object."""
+    """Parse a JSON object."""
     try:
         mapping = json.loads(text)
     except (ValueError, RecursionError):  # numbers and brackets by the thousand too
@@ -74,8 +74,7 @@ def listed_prompts(options: argparse.Namespace) -> PromptList:
 
 
 def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int], **more: Any) -> ImageSettings:
-    """Return the settings for generating images, from the options of the command line. Settings in `more` override
-    these options."""
+    """Return the settings for generating images from the options, overridden by `more`."""
     import torch
 
     from ..tools.evaluation.images import ImageSettings
@@ -98,7 +97,7 @@ def candidate_of(text: str) -> Candidate:
         raise UserError(
             f"Each entry of `--models` must be NAME=MODEL, got {text!r}. Put a name and `=` before the model."
         )
-    # Paths may contain `@` and `+`: of all readings, take the first one whose parts are existing paths or Hub ids.
+    # Paths may contain `@` and `+`: take the first reading whose parts are existing paths or Hub ids.
     readings = list(_readings(source))
     model, lora, scale = next((one for one in readings if all(map(_is_model, filter(None, one[:2])))), readings[-1])
     try:
@@ -109,7 +108,7 @@ def candidate_of(text: str) -> Candidate:
 
 
 def _readings(source: str) -> Iterator[tuple[str, str, str]]:
-    """Yield each way to read `MODEL+LORA@SCALE` as model, LoRA and scale, of which the last two may be empty."""
+    """Yield each reading of `MODEL+LORA@SCALE` as model, LoRA and scale. The last two may be empty."""
     head, _, scale = source.rpartition("@")
     for rest, number in ((source, ""), (head, scale)) if head else ((source, ""),):
         yield rest, "", number
@@ -122,8 +121,7 @@ def _is_model(source: str) -> bool:
 
 
 def scorer_named(name: str, **settings: Any) -> Scorer:
-    """Load a scorer by its name, or a function that the user names as `module:function`. The module may be in the
-    working directory."""
+    """Load a scorer by name, or the user's `module:function`, also from the working directory."""
     from ..tools.rewards import load_scorer
 
     import_from_working_directory()
@@ -131,13 +129,13 @@ def scorer_named(name: str, **settings: Any) -> Scorer:
 
 
 def import_from_working_directory() -> None:
-    """Put the working directory at the start of `sys.path`, so that its modules can be imported."""
+    """Put the working directory at the start of `sys.path`."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
 def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scorer]:
-    """Load the scorers that `--scorers` names, with the settings from `--scorer_settings`."""
+    """Load the scorers of `--scorers` with their `--scorer_settings`."""
     for name, values in settings.items():
         if name not in names or not isinstance(values, dict):
             raise UserError(
@@ -149,5 +147,5 @@ def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scor
 
 def finish(state: PartialState) -> None:
     """Wait until all processes are done, then destroy the process group."""
-    state.wait_for_everyone()  # a launcher kills the other processes when the first one has exited
-    state.destroy_process_group()  # otherwise the threads of the process group can crash Python at exit
+    state.wait_for_everyone()  # a launcher kills the others when the first one has exited
+    state.destroy_process_group()  # its threads can crash Python at exit

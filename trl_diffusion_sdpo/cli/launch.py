@@ -1,4 +1,4 @@
-"""Run the same command again under `accelerate launch`, for `trl-diffusion-sdpo train --accelerate_config NAME`."""
+"""The same command again under `accelerate launch`, for `trl-diffusion-sdpo train --accelerate_config NAME`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .options import option_name, read_yaml, refuse_unknown
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 MODULE = f"{__package__}.main"
-# Environment variable that marks processes which this module has started.
+# Marks the processes that this module has started.
 LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
 
-# Seconds that torch's launcher waits between Ctrl-C and killing its processes. Its default of 30 is too short for a
-# large model to end its step and write a checkpoint.
+# Seconds from Ctrl-C until torch's launcher kills its processes. In its default of 30, a large model cannot end its
+# step and write a checkpoint.
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SHUTDOWN_SECONDS = "600"
 
-# Arguments of `accelerate launch` that this module sets, and a note that accelerate keeps among them.
+# Arguments of `accelerate launch` that this module sets, and a note of accelerate's among them.
 _RESERVED = {"config_file", "module", "no_python", "training_script", "training_script_args", "nondefault"}
 
 
@@ -33,20 +33,20 @@ def config_names() -> list[str]:
 
 
 def config_path(name: str) -> Path:
-    """Return the path of an accelerate configuration. `name` is the name of a packaged configuration, or a path."""
+    """Return the path of an accelerate configuration, by the name of a packaged one or by its path."""
     if name in config_names():
         return CONFIGS / f"{name}.yaml"
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(
-            f"`--accelerate_config` must be one of {', '.join(config_names())}, or the path of an "
-            f"accelerate configuration, got {name!r}."
+            f"`--accelerate_config` must be one of {', '.join(config_names())}, or the path of a configuration of "
+            f"accelerate, got {name!r}."
         )
     return path
 
 
 def launch_options() -> set[str]:
-    """Return the names of the options of `accelerate launch` that users can set."""
+    """Return the options of `accelerate launch` that users can set."""
     settable, _ = _launch_parser().parse_known_args([MODULE])
     return set(vars(settable)) - _RESERVED
 
@@ -55,17 +55,14 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
     """Return the arguments of `accelerate launch` that come before the name of the script.
 
     Args:
-        config (`str`): Name of one of the package's accelerate configurations, or path of an accelerate configuration
-            file.
+        config (`str`): Name of a packaged accelerate configuration, or path of one.
         words (`list[str]`): Options of `accelerate launch`.
-        options (`Iterable[str]`): Names of this command's options. The error for a misspelt option suggests one of
-            these names.
+        options (`Iterable[str]`): This command's options, to suggest for a misspelt one.
     """
     if "LOCAL_RANK" in os.environ:
         raise UserError(
-            "`accelerate_config` makes this command start the training processes, but torchrun or `accelerate launch` "
-            "has already started them. Leave out `accelerate_config`. With `accelerate launch`, pass the configuration "
-            "as `--config_file`."
+            "`accelerate_config` starts the training processes, but torchrun or `accelerate launch` has already "
+            "started them. Leave it out; with `accelerate launch`, pass the configuration as `--config_file`."
         )
     file = config_path(config)
     settings = read_yaml(file)
@@ -75,7 +72,7 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
     if parsed.training_script != MODULE:
         refuse_unknown([parsed.training_script], ())
     if parsed.num_processes is None and "num_processes" not in settings and settings.get("distributed_type") != "NO":
-        import torch  # imported late because it takes seconds
+        import torch  # takes seconds
 
         devices = torch.accelerator.device_count()
         if devices == 0:
@@ -86,16 +83,16 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
 
 
 def start(words: list[str], command: str, arguments: list[str]) -> int:
-    """Run a command in processes that accelerate launches, and wait until it ends.
+    """Run a command in processes of accelerate, and wait until it ends.
 
     Args:
-        words (`list[str]`): Arguments of `accelerate launch`, which [`launch_words`] returns.
-        arguments (`list[str]`): Arguments of the command, as the user typed them. The started processes ignore options
-            of `accelerate launch` among these arguments.
+        words (`list[str]`): Arguments of `accelerate launch`, from [`launch_words`].
+        arguments (`list[str]`): Arguments of the command, as typed. The started processes ignore options of `accelerate
+            launch` among them.
 
     Returns:
-        `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process
-            that failed.
+        `int`: The exit code: 0 after success, 130 after an interruption, otherwise that of the first process that
+            failed.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
@@ -104,8 +101,8 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
     parsed = _launch_parser().parse_args([*words, "-m", MODULE, command, *arguments])
     seconds = os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS)
-    # Ctrl-C also reaches the child processes, which write a checkpoint before they end. This process ignores Ctrl-C and
-    # waits for the child processes. With several child processes, torch's launcher uses its own handler.
+    # Ctrl-C reaches the child processes too, which write a checkpoint before they end. This process ignores it and
+    # waits for them. With several, torch's launcher uses its own handler.
     previous = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         with patch_environment(**{LAUNCHED_VARIABLE: "1", SHUTDOWN_VARIABLE: seconds}):
@@ -122,6 +119,6 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
 
 def _launch_parser() -> argparse.ArgumentParser:
-    from accelerate.commands.launch import launch_command_parser  # imported late because it configures logging
+    from accelerate.commands.launch import launch_command_parser  # configures logging
 
     return launch_command_parser()

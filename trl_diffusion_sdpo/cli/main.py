@@ -1,4 +1,4 @@
-"""Entry point of the program `trl-diffusion-sdpo`: find the command, run it, and report errors."""
+"""Entry point of `trl-diffusion-sdpo`: find the command, run it, report errors."""
 
 import os
 import sys
@@ -14,16 +14,15 @@ from .errors import sentence
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 
-# Name of a command -> its help. Each command is a module in this folder with a function `run(arguments, prog)`, which
-# returns the exit code.
+# Command -> help. Each is a module in this folder with a function `run(arguments, prog)`, which returns the exit code.
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
-    "encode": "Encode images and prompts once, for later training runs with the same options.",
-    "plan": "Compute the peak memory that a training run needs, without starting it.",
+    "encode": "Encode images and prompts once, for training runs with the same options.",
+    "plan": "Compute the peak memory of a training run, without starting it.",
     "evaluate": "Compare models: generate images, score them, and write win rates and a report.",
-    "pairs": "Make preference pairs from images, by scorers or by your own picks, and score and check pairs.",
+    "pairs": "Make preference pairs from images by scorers or by your own picks, and score and check them.",
     "export": "Convert the LoRA of a training run for ComfyUI, AUTOMATIC1111 and other tools.",
-    "demo": "Compare training methods on a tiny model that is part of the package.",
+    "demo": "Compare training methods on a tiny model of the package.",
     "env": "Print the package versions for a bug report.",
 }
 
@@ -58,7 +57,7 @@ def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
     hide_idle_notes()
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file, each update of a progress bar would be a new line
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file, each update of the bar would be a new line
     try:
         module = import_module(f".{name.replace('-', '_')}", __package__)
         return module.run(arguments, prog)
@@ -76,11 +75,9 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
     return (
-        f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]\n\n"
-        "Preference tuning of text-to-image diffusers pipelines.\n\n"
-        f"commands:\n{commands}\n\n"
-        f"`{PROGRAM} COMMAND --help` lists the options of a command. Errors that this package reports have no "
-        f"traceback. Set {TRACEBACK_VARIABLE}=1 to print the traceback too."
+        f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]\n\nPreference tuning of text-to-image diffusers "
+        f"pipelines.\n\ncommands:\n{commands}\n\n`{PROGRAM} COMMAND --help` lists the options of a command. Set "
+        f"{TRACEBACK_VARIABLE}=1 for the traceback of an error."
     )
 
 

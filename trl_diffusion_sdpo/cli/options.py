@@ -1,4 +1,4 @@
-"""Base class of all command-line parsers, and functions that read and check options."""
+"""The parser of all commands, and functions that read and check options."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from ..utils.errors import UserError
 from ..utils.hints import did_you_mean, other_tools_option
 from ..utils.renamed import renamed_setting
 
-# Name of an option -> its name in older versions of transformers.
+# Option -> its name in older versions of transformers.
 _FORMER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 NO = ("no", "off", "false")  # what YAML 1.1 reads as false
-# Settings without a choice `none`, for which `no` or an empty list in a YAML file means that nothing is chosen.
+# Settings without a choice `none`: `no` or an empty list in a YAML file chooses nothing.
 _CHOSEN = ("report_to", "fsdp", "deepspeed", "resume_from_checkpoint")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Parser that accepts no abbreviated options. For an unknown option, it raises a `ValueError` that suggests the
-    most similar option."""
+    """Parser without abbreviated options. For an unknown one, its `ValueError` suggests the most similar."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # before Python 3.14, `-1e-4` is taken for an option
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # before Python 3.14, `-1e-4` looks like an option
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -47,16 +46,15 @@ class OneLineParser(argparse.ArgumentParser):
         return [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
 
     def names_in(self, words: Iterable[str]) -> set[str]:
-        """Return the names of this parser's options that occur in `words`, the words of a command line."""
+        """Return the names of this parser's options among the words of a command line."""
         fields = {flag: action.dest for action in self._actions for flag in action.option_strings}
         return {fields[flag] for word in words if (flag := word.partition("=")[0]) in fields}
 
     def words_of(self, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Convert the settings of a YAML file to words of a command line, so that the same parser can read the file and
-        the command line.
+        """Convert the settings of a YAML file to words of a command line, so that one parser reads both.
 
         Returns:
-            `tuple[list[str], list[str]]`: The words for this parser's options, and the words for all other settings.
+            `tuple[list[str], list[str]]`: The words for this parser's options, and those for all other settings.
         """
         destinations = {action.dest for action in self._actions}
         words: list[str] = []
@@ -82,30 +80,30 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def none_for_no(choices: Iterable[str]) -> Callable[[str], str]:
-    """Return the type of an option with the choice `none`, which may also be written `no`, `off` or `false`."""
+    """Return the type of an option with the choice `none`, also written `no`, `off` or `false`."""
     return lambda word: "none" if word.lower() in NO and word not in choices else word
 
 
 def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
-    """Raise `ValueError` if a parser did not recognize some words. The message suggests the most similar options."""
+    """Raise `ValueError`, with the most similar options, for words that a parser did not recognize."""
     known = {option.replace("-", "_") for option in options}
     for word in words:
         name = option_name(word)
         if name is None:
-            raise UserError(f"Each word must belong to an option that begins with `--`, got {word!r}. Remove it.")
+            raise UserError(f"Each word must belong to a `--option`, got {word!r}. Remove it.")
         moved = renamed_setting(name)
         hint = f" {moved}" if moved else other_tools_option(name, known) or did_you_mean(name, known, prefix="--")
         raise UserError(f"`--{name}` is not an option of this command.{hint} `--help` lists all options.")
 
 
 def option_name(word: str) -> str | None:
-    """Return the name of the option in a word of a command line, such as `num_processes` for `--num-processes` and
-    `--num_processes=4`. Return `None` if the word does not begin with `--`."""
+    """Return the option in a word of a command line, such as `num_processes` for `--num-processes` and
+    `--num_processes=4`, or `None` if the word does not begin with `--`."""
     return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else None
 
 
 def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
-    """Split the words of a command line into the values of the options `names` and all other words."""
+    """Split a command line into the values of the options `names` and all other words."""
     parser = OneLineParser(add_help=False)
     for name in names:
         parser.add_argument(f"--{name}")
@@ -119,12 +117,12 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
-    A single value is returned as the text in the file, so that an option parses `no`, `1e-5` and `1.10` as on a command
-    line. Settings without a value are left out.
+    Single values stay text, so that an option parses `no`, `1e-5` and `1.10` as on a command line. Settings without a
+    value are left out.
 
     Raises:
         `ValueError`: If the file is not valid YAML, does not map names to values, sets a name twice, or has aliases
-            (`*name`), with which a short file can stand for billions of values.
+            (`*name`), by which a short file can stand for billions of values.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -134,11 +132,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(content)
         texts = yaml.load(content, Loader=yaml.BaseLoader)
         for name in _names_set_twice(yaml.compose(content)):
-            raise UserError(f"each name must be set once, and `{name}` is set twice. Remove one of them.")
+            raise UserError(f"`{name}` is set twice. Remove one of them.")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"The file {path} must be valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     set_ones = {name: value for name, value in settings.items() if value is not None}
@@ -148,7 +144,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _names_set_twice(node: yaml.Node | None) -> Iterator[str]:
-    """Yield the names that a mapping of a YAML file sets more than once. YAML itself would take the last value."""
+    """Yield the names that a mapping of a YAML file sets more than once. YAML would take the last value."""
     if isinstance(node, yaml.MappingNode):
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         yield from (name for name, count in counts.items() if count > 1)

@@ -1,4 +1,4 @@
-"""Define the options that name the training and evaluation pairs, and load these pairs."""
+"""The options that name the training and evaluation pairs, and how to load them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class PairSet:
         name (`str`, *optional*): Configuration of a data set on the Hub, like the option `dataset_config`.
         split (`str`, *optional*): Split of the data set, by default `"train"`.
         weight (`float`, *optional*): Share of the training pairs to draw from this data set, relative to the sum of all
-            weights. Set `weight` for all data sets or for none.
-        dataset_format (`str`, *optional*): Format of this data set. Overrides the option `dataset_format`.
+            weights. Set it for all data sets or for none.
+        dataset_format (`str`, *optional*): Format of this data set, instead of the option `dataset_format`.
     """
 
     path: str
@@ -53,27 +53,27 @@ class PairSet:
 
 @dataclass
 class PairArguments(ScriptArguments):
-    """TRL's [`~trl.ScriptArguments`], with further options for several training data sets and for evaluation pairs."""
+    """TRL's [`~trl.ScriptArguments`], with options for several training data sets and for evaluation pairs."""
 
     datasets: list[Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Several data sets to train on together, in place of `dataset_name`. A list of mappings, in YAML "
-            "or as JSON. Each mapping has a `path` and optionally `name`, `split`, `weight` and `dataset_format`."
+            "help": "Several data sets to train on together, instead of `dataset_name`: a list of mappings, in YAML or "
+            "as JSON, each with a `path` and optionally `name`, `split`, `weight` and `dataset_format`."
         },
     )
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, folder or file of the evaluation pairs. By default, the test split of `dataset_name`. "
-            "Without `eval_strategy`, the run evaluates at the end of every epoch."
+            "help": "Hub id, folder or file of the evaluation pairs; by default the test split of `dataset_name`. The "
+            "run then evaluates after every epoch, unless you set `eval_strategy`."
         },
     )
     test_size: float | None = field(
         default=None,
         metadata={
-            "help": "Hold out this share in (0, 1), or this number of rows, of the training split for evaluation. "
-            "Without `eval_strategy`, the run evaluates at the end of every epoch."
+            "help": "Share in (0, 1) or number of rows of the training split to hold out for evaluation. The run then "
+            "evaluates after every epoch, unless you set `eval_strategy`."
         },
     )
 
@@ -81,8 +81,8 @@ class PairArguments(ScriptArguments):
         self.sets = _read_sets(self.datasets)
         if self.sets and self.dataset_name is not None:
             raise UserError(
-                f"Only one of `datasets` and `dataset_name` can name the training pairs, got both (`dataset_name` is "
-                f"{self.dataset_name}). Move this data set into `datasets`, or leave out one of the two options."
+                "Only one of `datasets` and `dataset_name` can name the training pairs, got both (`dataset_name` is "
+                f"{self.dataset_name}). Move this data set into `datasets`, or leave one of the two out."
             )
         size = self.test_size
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
@@ -122,13 +122,13 @@ def _read_sets(value: Any) -> list[PairSet]:
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
     """Return the training pairs and the evaluation pairs.
 
-    If `eval_strategy` is `"no"`, `test_size` and `eval_dataset_name` set it to `"epoch"`, because pairs for evaluation
-    are there to be evaluated on. Without these options, the evaluation pairs are then `None`.
+    With `eval_strategy="no"`, the evaluation pairs are `None`, but `test_size` and `eval_dataset_name` set it to
+    `"epoch"`.
 
     Args:
-        script_args (`PairArguments`): Options that name the data. [`~trl_diffusion_sdpo.load_pairs`] describes the
-            allowed values of `dataset_name`.
-        training_args (`DiffusionSDPOConfig`): Settings, of which `eval_strategy`, `seed` and `dataset_format` are used.
+        script_args (`PairArguments`): Options that name the data. `dataset_name` is as for
+            [`~trl_diffusion_sdpo.load_pairs`].
+        training_args (`DiffusionSDPOConfig`): Gives `eval_strategy`, `seed` and `dataset_format`.
     """
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size
@@ -178,16 +178,18 @@ def _load_set(entry: PairSet, script_args: ScriptArguments) -> Any:
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
-    """Return `dataset_name` if it is a Hub id. Return `None` for a local path or if there are several data sets."""
+    """Return `dataset_name` if it is a Hub id, or `None` for a local path or several data sets."""
     name = script_args.dataset_name
     return None if name is None or Path(name).expanduser().exists() else name
 
 
 def _load_evaluation(script_args: PairArguments) -> Any:
-    """Load the test split of `eval_dataset_name` or, if that option is unset, of `dataset_name`."""
+    """Load the test split of `eval_dataset_name`, or without it of `dataset_name`."""
     name = script_args.eval_dataset_name or script_args.dataset_name
     if name is None:
-        raise UserError(f"`eval_strategy` needs evaluation pairs, and `datasets` has no default. {_HOW_TO_EVALUATE}")
+        raise UserError(
+            f"`eval_strategy` needs evaluation pairs, and `datasets` has none by default. {_HOW_TO_EVALUATE}"
+        )
     config = None if Path(name).expanduser().exists() else script_args.dataset_config
     try:
         return _load_set(PairSet(name, config, script_args.dataset_test_split), script_args)
@@ -196,8 +198,8 @@ def _load_evaluation(script_args: PairArguments) -> Any:
 
 
 def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None:
-    """Raise `ValueError` if the evaluation pairs are the training pairs: the same split of the same data set, or the
-    same file without splits."""
+    """Raise `ValueError` if the evaluation pairs are the training pairs: the same split of one data set, or one file
+    without splits."""
     evaluated = script_args.eval_dataset_name or trained.path
     path = Path(evaluated).expanduser()
     split = script_args.dataset_test_split

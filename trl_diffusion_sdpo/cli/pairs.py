@@ -77,23 +77,22 @@ USED_BY = {
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    model = "Hub id, folder of a pipeline or output folder of a run, which generates images. `MODEL+LORA` adds a LoRA."
+    model = "Hub id, folder of a pipeline or output folder of a run. `MODEL+LORA` adds a LoRA."
     add("--model", required=True, help=model)
     add(
         "--recipe",
         choices=["scored", "negatives", "spin", "partial", "local"],
         default="scored",
         help="How pairs are made. `scored` (default): scorers choose the best and the worst image of each prompt. "
-        "`negatives`: each image is paired with a rejected image, which is generated from the same noise with "
-        "`--negative_kwargs`. The other recipes pair each image of `--from_images` with an image that the model makes: "
-        "`spin` generates it from the prompt alone, `partial` noises the image and denoises it, and `local` redraws a "
-        "region of the image and saves the region's mask for training.",
+        "`negatives`: each image is paired with one generated from the same noise with `--negative_kwargs`. The others "
+        "pair each image of `--from_images` with one that the model makes: `spin` generates it from the prompt alone, "
+        "`partial` noises the image and denoises it, `local` redraws a region and saves its mask for training.",
     )
     unguided = {"guidance_scale": 1.0}
     negatives = "Arguments of the pipeline's call for the rejected images of `negatives` (default: no guidance)."
     add("--negative_kwargs", type=mapping_option, default=unguided, metavar="JSON", help=negatives)
     add("--from_images", metavar="FOLDER", help="Folder of good images that `pairs from-images` has listed.")
-    strength = "Noise level to which `partial` and `local` noise an image, in (0, 1] (default: 0.6)."
+    strength = "Noise level for `partial` and `local`, in (0, 1] (default: 0.6)."
     add("--strength", type=float, default=0.6, metavar="X", help=strength)
     add("--images", type=int, default=4, metavar="K", help="Images to generate for each prompt (default: 4).")
     weights = 'Weight of each scorer by its name, such as {"pickscore": 2}; 1 if unset.'
@@ -102,8 +101,8 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         "--combination",
         choices=["weighted", "majority", "pareto"],
         default="weighted",
-        help="How several scorers are combined: sum of weighted z-scores (default), majority vote, or `pareto`: like "
-        "`weighted`, but without pairs in which a scorer prefers the rejected image.",
+        help="How to combine several scorers: `weighted` (default) sums weighted z-scores, `majority` takes a vote, "
+        "`pareto` is like `weighted` without the pairs in which a scorer prefers the rejected image.",
     )
     margin = (
         "Pair any two images of a prompt whose rewards differ by at least X. Default: only the best and the worst."
@@ -130,14 +129,14 @@ def _generate(options: argparse.Namespace) -> None:
             f"`--from_images {options.from_images}`."
         )
     pairing = Pairing(options.combination, options.weights, options.margin)
-    # Processes wait for the slowest process, which can take longer than the default timeout of ten minutes.
+    # Processes wait for the slowest, which can take longer than the default timeout of ten minutes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     settings = image_settings(options, options.device or str(state.device), range(options.images))
     model = candidate_of(f"model={options.model}")
     folder = options.output_dir
     if not reads_prompts:
         pairs = pairs_from_images(options.recipe, model, options.from_images, folder, settings, options.strength)
-        lines = [f"Wrote {pairs} pairs to {folder}/pairs.jsonl. {folder}/README.md says how to train on these pairs."]
+        lines = [f"Wrote {pairs} pairs to {folder}/pairs.jsonl. {folder}/README.md says how to train on them."]
     else:
         prompts = listed_prompts(options)
         scorers = load_scorers(options.scorers, options.scorer_settings)
@@ -150,7 +149,7 @@ def _generate(options: argparse.Namespace) -> None:
         if pairs:
             lines = [
                 f"Wrote {pairs} pairs of {listed} to {folder}/pairs.jsonl.",
-                f"Look at the pairs with: trl-diffusion-sdpo pairs check {folder} --sheet pairs.html",
+                f"To look at them: trl-diffusion-sdpo pairs check {folder} --sheet pairs.html",
             ]
         else:
             lines = [
@@ -163,7 +162,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _refuse_unused(options: argparse.Namespace) -> None:
-    """Raise `ValueError` if an option was set that the recipe does not use."""
+    """Raise `ValueError` for an option that the recipe does not use."""
     default = subcommand_parser("generate").get_default
     for name, recipes in USED_BY.items():
         value = getattr(options, name)
@@ -179,9 +178,9 @@ def _refuse_unused(options: argparse.Namespace) -> None:
 
 def _add_pick_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="Folder of images, or output folder of `evaluate`.")
-    host = "Address of the page (default: 127.0.0.1, only for this machine). With 0.0.0.0, phones can open the page."
+    host = "Address of the page (default: 127.0.0.1, only for this machine). Use 0.0.0.0 to open it on a phone."
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=host)
-    parser.add_argument("--port", type=int, metavar="N", help="Port of the page (default: 8765 or a free port).")
+    parser.add_argument("--port", type=int, metavar="N", help="Port of the page (default: 8765, or a free one).")
 
 
 def _pick(options: argparse.Namespace) -> None:
@@ -203,8 +202,8 @@ def _pick(options: argparse.Namespace) -> None:
             print(f"Left out: {count} images {reason}.")
         if options.host != LOCAL_HOST:
             print(
-                "Anyone in your network who knows the address below can see the images and pick. The connection is not "
-                "encrypted, so use this only in a network that you trust.",
+                "Anyone in your network who knows the address below can see the images and pick, and the connection is "
+                "not encrypted. Use it only in a network that you trust.",
                 file=sys.stderr,
             )
         print(f"Open {server.address} in a browser.\nEach pick is saved at once. Press Ctrl-C to end.", flush=True)
@@ -227,8 +226,8 @@ def _pick(options: argparse.Namespace) -> None:
 def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
-    add("--from_names", action="store_true", help="Use the file name of an image that has no prompt as its prompt.")
-    add("--keep_duplicates", action="store_true", help="List images of a prompt that look equal, too.")
+    add("--from_names", action="store_true", help="Use the file name as the prompt of an image without one.")
+    add("--keep_duplicates", action="store_true", help="Also list images of a prompt that look equal.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
@@ -284,7 +283,7 @@ def _score(options: argparse.Namespace) -> None:
 def _add_push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of `pairs pick`, `generate` or `score`.")
     parser.add_argument("repo", metavar="REPO", help="Hub id of the data set, such as me/my-taste.")
-    parser.add_argument("--private", action="store_true", help="Make the data set private if this call creates it.")
+    parser.add_argument("--private", action="store_true", help="Make the data set private if it is new.")
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -303,7 +302,7 @@ def _add_data_options(parser: argparse.ArgumentParser, split: str) -> None:
     add("data", metavar="PATH", help="Folder, file or Hub id of the data set, as for `train --dataset_name`.")
     add("--split", default="train", metavar="NAME", help=split)
     add("--config", metavar="NAME", help="Configuration of a data set on the Hub.")
-    add("--dataset_format", metavar="NAME", help="Format of the columns. By default, the format is detected.")
+    add("--dataset_format", metavar="NAME", help="Format of the columns; detected by default.")
 
 
 def _add_check_options(parser: argparse.ArgumentParser) -> None:
@@ -311,11 +310,11 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
     _add_data_options(parser, "Split to check (default: train).")
     resolution = "Resolution of the training, in pixels (default: 512)."
     add("--resolution", type=int, default=512, metavar="N", help=resolution)
-    scorer = "Scorer for the images, such as pickscore, or your own function as `module:function`."
+    scorer = "Scorer of the images, such as pickscore, or your own function as `module:function`."
     add("--scorer", metavar="NAME", help=scorer)
     settings = 'Settings of the scorer, such as {"device": "cuda"}.'
     add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help=settings)
-    add("--sheet", metavar="FILE", help="Write a contact sheet of the examined pairs to this HTML file.")
+    add("--sheet", metavar="FILE", help="HTML file for a contact sheet of the examined pairs.")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -344,50 +343,47 @@ def _check(options: argparse.Namespace) -> None:
         print(f"Wrote the contact sheet to {sheet}.")
 
 
-# Name of a sub-command -> its description, the function that adds its options, and the function that runs it. The first
-# sentence of the description is also shown in the list of sub-commands.
+# Sub-command -> description (its first sentence is shown in the list), function that adds its options, function that
+# runs it.
 SUBCOMMANDS = {
     "generate": (
-        "Generate several images of each prompt, score them, and pair the best with the worst. Without scorers, only "
-        "images are generated, and you can judge them with `pairs pick`. If a call was interrupted, the same call "
-        "continues where it stopped. To use several GPUs, start the command as `accelerate launch -m "
-        "trl_diffusion_sdpo pairs generate`.",
+        "Generate several images of each prompt, score them, and pair the best with the worst. Without scorers it only "
+        "generates the images, and you can judge them with `pairs pick`. After an interruption, run the same command "
+        "again to continue. For several GPUs: `accelerate launch -m trl_diffusion_sdpo pairs generate`.",
         _add_generate_options,
         _generate,
     ),
     "pick": (
-        "Open a web page that shows you two images of a prompt at a time, and save which image you prefer. Each pick "
-        "is saved at once in picks.jsonl, and the pairs for training are in pairs.jsonl. FOLDER is a folder of your "
-        "images or the output folder of `evaluate`. In the latter case, you compare the models without seeing which "
-        "model made an image. Call the command again to continue with earlier picks. Ctrl-C ends the command.",
+        "Open a web page that shows you two images of a prompt at a time, and save which one you prefer. Each pick is "
+        "saved at once in picks.jsonl, and the pairs for training are in pairs.jsonl. FOLDER is a folder of your "
+        "images, or the output folder of `evaluate`: you then compare models without seeing which one made an image. "
+        "Press Ctrl-C to end, and run the command again to continue.",
         _add_pick_options,
         _pick,
     ),
     "from-images": (
-        "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`. The "
-        "prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
-        "image. Copies of an image are left out. Images are never changed. After you have added or renamed images, "
-        "call the command again: picks find their images by their pixels.",
+        "Find the prompts of the images in a folder, and list them in manifest.jsonl for `pairs pick`. The prompt of "
+        "a.png comes from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the image. Copies "
+        "of an image are left out, and no image is changed. Run it again after you have added or renamed images: picks "
+        "find their images by their pixels.",
         _add_from_images_options,
         _from_images,
     ),
     "score": (
-        "Score the images of given pairs, and write the pairs with the scores and their scale. The losses `smpo` and "
-        "`capo` and the setting `pair_weights` read both. Each image is scored once. If a call was "
-        "interrupted, the same call continues where it stopped.",
+        "Score the images of given pairs, and write the pairs with the scores and their scale, for the losses `smpo` "
+        "and `capo` and the setting `pair_weights`. Each image is scored once. After an interruption, run the same "
+        "command again to continue.",
         _add_score_options,
         _score,
     ),
     "push": (
-        "Upload the pairs of a folder and their images to the Hub as a data set. The folder's README.md becomes the "
-        "page of the data set. Log in first with `hf auth login`. Afterwards, `train --dataset_name REPO` trains on "
-        "the data set.",
+        "Upload the pairs of a folder and their images to the Hub as a data set, with the folder's README.md as its "
+        "page. Log in first with `hf auth login`. Train on it with `train --dataset_name REPO`.",
         _add_push_options,
         _push,
     ),
     "check": (
-        "Report which pairs of a data set training would read, which it would drop, and which look doubtful. The "
-        "command does not train.",
+        "Report which pairs of a data set training would read, which it would drop, and which look doubtful.",
         _add_check_options,
         _check,
     ),

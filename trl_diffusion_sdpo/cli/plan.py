@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo plan`: compute the peak memory of a training run without loading weights."""
+"""`trl-diffusion-sdpo plan`: the peak memory of a training run, computed without loading weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = None) -> OneLineParser:
-    """Return a parser for `--help`. The options of `plan` are those of `train`."""
+    """Return a parser for `--help`. `plan` has the options of `train`."""
     return OneLineParser(
         prog=prog,
         usage="%(prog)s --model_name_or_path ID [--config FILE.yaml] [--OPTION VALUE ...]",
-        description="Compute the peak memory of a training run on a GPU without loading weights, for your settings and "
-        "for LoRA, QLoRA and full tuning. The command takes the options of `train` except `--deepspeed` and `--fsdp`. "
-        "It measures nothing and needs no GPU.",
+        description="Compute the peak memory of a training run on a GPU, for your settings and for LoRA, QLoRA and "
+        "full tuning. Takes the options of `train` except `--deepspeed` and `--fsdp`. Loads no weights, measures "
+        "nothing and needs no GPU.",
     )
 
 
@@ -42,11 +42,10 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
     """Parse options of `train` into the settings of the run to plan.
 
     Args:
-        device (`str`): Type of device to plan for, `"cuda"` or `"cpu"`. Plans for `"cuda"` use bf16 if neither `bf16`
-            nor `fp16` is set.
+        device (`str`): Device to plan for, `"cuda"` (in bf16 unless `bf16` or `fp16` is set) or `"cpu"`.
     """
     from ..tools.planning.planned_engine import planned_engine
-    from ..tools.planning.prepare import PlannedSettings  # imported late because it takes seconds
+    from ..tools.planning.prepare import PlannedSettings  # takes seconds
     from .train import parse
 
     file, accelerate_config, _ = read_given(words)
@@ -62,8 +61,8 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
         )
     if training.deepspeed or training.fsdp:
         raise UserError(
-            "A plan reads sharding settings from `--accelerate_config` and `--num_processes`, got `--deepspeed` or "
-            "`--fsdp`. Use the packaged accelerate configuration with the same sharding."
+            "A plan reads sharding from `--accelerate_config` and `--num_processes`, got `--deepspeed` or `--fsdp`. "
+            "Use the packaged accelerate configuration with the same sharding."
         )
     count = taken["num_processes"] or file.get("num_processes")
     return PlannedSettings(training, model, planned_engine(accelerate_config, count), device)

@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo train`: train with options from a YAML file and the command line, in this process or in processes
-that accelerate launches."""
+"""`trl-diffusion-sdpo train`: train with options from a YAML file and the command line, in this process or in those of
+accelerate."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str], prog: str, *, command: str = "train", act: Callable[..., int] | None = None) -> int:
-    """Parse the options of `train`, and run `train` or another command with them.
+    """Parse the options of `train`, and run it or another command with them.
 
     Args:
-        command (`str`): Name of the command to run in the processes that accelerate launches.
-        act (`Callable`, *optional*): Function that runs the command: it takes the parsed options and returns the
-            exit code. If unset, [`train`] is used.
+        command (`str`): Command to run in the processes of accelerate.
+        act (`Callable`, *optional*): Runs the command: takes the parsed options, returns the exit code. If unset,
+            [`train`].
     """
     launched = launch.LAUNCHED_VARIABLE in os.environ
     if not launched and is_first_process() and not {"-h", "--help"} & set(arguments):
@@ -62,7 +62,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
-    """Parse options from the command line and the YAML file into dataclasses."""
+    """Parse command line and YAML file into dataclasses."""
     options = TrainOptions.read(arguments, prog)
     if options.accelerate_config is not None:  # ignore the options of `accelerate launch`
         options.others = [word for word in options.others if option_name(word) not in launch.launch_options()]
@@ -71,7 +71,7 @@ def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments,
 
 
 def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
-    """Load model and data, train, and save the tuned weights. With `push_to_hub`, also upload the weights.
+    """Load model and data, train, save the tuned weights, and with `push_to_hub` upload them.
 
     Returns:
         `int`: The exit code: 0, or 130 if the run was interrupted and has written a checkpoint.
@@ -96,7 +96,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
             trainer.save_model(training_args.output_dir)
         if not interrupt.interrupted:
             trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-    trainer.accelerator.wait_for_everyone()  # a launcher may kill the other processes when the first one has exited
+    trainer.accelerator.wait_for_everyone()  # a launcher may kill the others when the first one has exited
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
 
@@ -132,11 +132,11 @@ def build_trainer(
 
 
 def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> tuple:
-    """Return the training pairs and the evaluation pairs. Also copy the model's revision and dtype from `model_args`
-    into `training_args.model_init_kwargs`."""
+    """Return the training and evaluation pairs. Also copy the model's revision and dtype from `model_args` into
+    `training_args.model_init_kwargs`."""
     from .pair_arguments import load_datasets  # imported late because it takes seconds
 
-    # Only the main process logs the trainer's automatic choices and the dropped pairs.
+    # Only the main process logs the trainer's choices and the dropped pairs.
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     package = __package__.partition(".")[0]
     logging.getLogger(package).setLevel(logging.INFO if training_args.should_log else logging.ERROR)

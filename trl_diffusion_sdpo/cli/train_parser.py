@@ -1,4 +1,4 @@
-"""Parse the options of the command `train`, and check options that depend on each other."""
+"""The parser of `train`, and checks of options that depend on each other."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
     from .pair_arguments import PairArguments
 
-# Folders of the example configurations, in an installed package and in a clone of the repository.
+# The example configurations, in an installed package and in a clone of the repository.
 EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
 
-# Options of transformers and TRL that `--help` does not list, although the parser accepts them.
+# Options of transformers and TRL that the parser accepts but `--help` does not list.
 HIDDEN = frozenset(
     # options that raise an error if they are set
     "bf16_full_eval fp16_full_eval include_for_metrics include_num_input_tokens_seen label_smoothing_factor "
@@ -32,7 +32,7 @@ HIDDEN = frozenset(
     # options that are for language models only
     "attn_implementation average_tokens_across_devices ignore_bias_buffers length_column_name liger_kernel_config "
     "lora_task_type use_cache "
-    # options without effect, because the trainer or the data format determines their values
+    # without effect: the trainer or the data format determines them
     "do_eval do_predict do_train label_names local_rank logging_nan_inf_filter remove_unused_columns".split()
 )
 # Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
@@ -64,7 +64,7 @@ def make_parser(prog: str | None = None) -> Any:
                 return super().add_argument(*flags, **settings)
             if not self._titled:
                 self._titled = {title: self.add_argument_group(title) for title in (MODEL, OWN, INHERITED)}
-            # A flag whose default is unset, such as `bf16`. transformers and TRL have a `string_to_bool` each.
+            # A flag that is unset by default, such as `bf16`. transformers and TRL have a `string_to_bool` each.
             if getattr(settings.get("type"), "__name__", "") == "string_to_bool":
                 settings = {"nargs": "?", "const": True, **settings}
             choices = settings.get("choices") or ()
@@ -83,12 +83,11 @@ def make_parser(prog: str | None = None) -> Any:
         usage="%(prog)s [--config FILE.yaml | EXAMPLE] [--accelerate_config NAME] --model_name_or_path ID "
         "--dataset_name ID [--OPTION VALUE ...]",
         description="Tune a pipeline on preference pairs. Options on the command line override those in the YAML file "
-        "of --config. The value of --config can also be the name of an example configuration: "
-        f"{', '.join(example_configs())}.",
-        epilog="Names of options may be written with dashes in place of underscores. Options of transformers and TRL "
-        "that are for language models or have no effect here are not listed. --accelerate_config starts the training "
-        f"in processes of accelerate. Its value is one of {', '.join(config_names())}, or the path of an accelerate "
-        "configuration. Options of `accelerate launch`, such as --num_processes, can then be added.",
+        f"of --config, which can also be an example configuration: {', '.join(example_configs())}.",
+        epilog="You may write dashes for underscores. Options of transformers and TRL that are for language models or "
+        "have no effect here are not listed. Use --accelerate_config to start several processes by accelerate: one of "
+        f"{', '.join(config_names())}, or the path of a configuration. You can then add options of `accelerate "
+        "launch`, such as --num_processes.",
     )
     # With dropout, policy and reference model would differ before the first step.
     parser.set_defaults(lora_dropout=0.0)
@@ -96,14 +95,13 @@ def make_parser(prog: str | None = None) -> Any:
 
 
 def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[str]]:
-    """Read the YAML file of `--config`, and set the environment variables that it lists under `env`.
+    """Read the YAML file of `--config`, and set the environment variables under its `env`.
 
-    Call this function before importing libraries that read environment variables.
+    Call it before importing libraries that read them.
 
     Returns:
-        `tuple[dict[str, Any], str | None, list[str]]`: The settings in the file, the value of `accelerate_config`, and
-        the other words of the command line. If the command line and the file both set `accelerate_config`, the command
-        line takes precedence.
+        `tuple[dict[str, Any], str | None, list[str]]`: The settings in the file, `accelerate_config` (the command
+        line's, else the file's), and the other words of the command line.
     """
     taken, words = take_options(arguments, "config", "accelerate_config")
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
@@ -116,13 +114,12 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
 
 
 def example_configs() -> dict[str, Path]:
-    """Return the path of each example configuration by its name."""
+    """Return the example configurations: name -> path."""
     return {path.stem: path for folder in reversed(EXAMPLES) for path in sorted(folder.glob("*.yaml"))}
 
 
 def config_file(name: str) -> Path:
-    """Return the path of the YAML file that the option `--config` names: a path, or the name of an example
-    configuration."""
+    """Return the YAML file of `--config`, given as a path or as the name of an example configuration."""
     path = Path(name).expanduser()
     examples = example_configs()
     if path.is_file():
@@ -130,8 +127,8 @@ def config_file(name: str) -> Path:
     if name not in examples:
         near = did_you_mean(path.stem, examples)
         raise UserError(
-            f"`--config` must be a YAML file, or one of the example configurations {', '.join(examples)}. "
-            f"There is no file {name}.{near}"
+            f"`--config` must be a YAML file or one of the example configurations {', '.join(examples)}. There is no "
+            f"file {name}.{near}"
         )
     return examples[name]
 
@@ -142,8 +139,8 @@ class TrainOptions:
 
     parser: Any
     values: dict[str, Any]  # value of each option of `train`
-    given: set[str]  # names of the options that the command line or the file sets
-    others: list[str]  # words that are no options of `train`, such as options of `accelerate launch`
+    given: set[str]  # options that the command line or the file sets
+    others: list[str]  # words that are no options of `train`, such as those of `accelerate launch`
     accelerate_config: str | None
 
     @classmethod
@@ -163,8 +160,8 @@ class TrainOptions:
             return self.parser.parse_dict(self.values)
 
     def refuse_others(self) -> None:
-        """Raise `ValueError` if a word is not an option of `train`. The message suggests the most similar option. For
-        an option of `accelerate launch`, the message says that `--accelerate_config` is missing."""
+        """Raise `ValueError` for a word that is no option of `train`, with the most similar one, or for an option of
+        `accelerate launch` with the advice to add `--accelerate_config`."""
         launchers = [word for word in self.others if option_name(word) in launch_options()] if self.others else []
         if launchers:
             raise UserError(
@@ -181,12 +178,11 @@ def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:
     idle = [name for name in sorted(names) if name.startswith(ADAPTER_PREFIXES) and values[name]]
     if idle and not values["use_peft"]:
         raise UserError(
-            "Options for a LoRA or for quantization need `use_peft`, because without it all weights are trained in "
-            f"full precision. Got {', '.join(f'`{name}`' for name in idle)} without `use_peft`. Add `--use_peft` to "
-            "train a LoRA, or leave out the other options."
+            f"Options for a LoRA or for quantization need `use_peft`, got {', '.join(f'`{name}`' for name in idle)} "
+            "without it. Add `--use_peft` to train a LoRA, or leave them out to train all weights."
         )
 
 
 def is_first_process() -> bool:
-    """Return whether this process is the main process, the only one that prints."""
+    """Return whether this is the main process, the only one that prints."""
     return os.environ.get("RANK", "0") == "0"

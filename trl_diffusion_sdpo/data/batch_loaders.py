@@ -183,7 +183,7 @@ def choose_workers(
     batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
     workers = max(_min_workers(args), _suitable_workers(args, dataset, batch_bytes))
     args.dataloader_num_workers = workers
-    logger.info("Chosen by the trainer: dataloader_num_workers=%d.", workers)
+    logger.info("`dataloader_num_workers` is unset: the trainer uses %d.", workers)
 
 
 def _min_workers(args: TrainingArguments) -> int:

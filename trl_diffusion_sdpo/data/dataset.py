@@ -41,10 +41,9 @@ class PairOptions:
         prompt_dropout (`float` in `[0, 1]`): Probability with which training replaces a prompt by an empty prompt.
         seed (`int`, not negative): Seed of all random draws.
         dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
-        verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
-            of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
-            `datasets` caches the result. With `"sample"` and `"none"`, the next good pair replaces a bad pair during
-            training.
+        verify_images (`str`): Images of a map-style data set to decode before training: those of `SAMPLED_PAIRS` evenly
+            spaced pairs with `"sample"`, all with `"all"`, which drops bad pairs and is cached by `datasets`. Otherwise
+            the next good pair replaces a bad one during training.
         num_proc (`int`, *optional*): Number of worker processes that check images. By default, one per CPU core if
             there are many images, and otherwise none.
         image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
@@ -52,8 +51,8 @@ class PairOptions:
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
         min_side (`int`, *optional*): Smallest allowed shorter side, in pixels. Pairs with a smaller image are dropped.
-        training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
-            never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
+        training (`bool`): Whether the pairs are for training. An evaluation crops at the center, never flips, never
+            empties prompts, and draws the same random numbers in every epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
             new order. `repeat` has no effect on map-style data sets.
         distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
@@ -69,8 +68,8 @@ class PairOptions:
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
             columns `SEED_COLUMNS`. Only items for training have noise seeds.
-        losers (`str`): `"data"` reads losers from the data. `"permute"` uses winners of pairs with other prompts as
-            losers. A new random permutation chooses these losers in each epoch.
+        losers (`str`): `"data"` reads losers from the data. `"permute"` takes winners of pairs with other prompts, by a
+            new random permutation in each epoch.
     """
 
     transform: PairTransform
@@ -134,8 +133,8 @@ class PreferenceDataset(Pairs):
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
     `pixel_values`.
 
-    An item depends only on the seed, the epoch and the pair's number. If losers are permuted, items also depend on the
-    prompts of all pairs. If a pair cannot be decoded, every process returns the next decodable pair of the same size.
+    An item depends only on the seed, the epoch and the pair's number, and with permuted losers on the prompts of all
+    pairs. For a pair that cannot be decoded, every process returns the next decodable one of the same size.
 
     Args:
         source ([`PairSource`]): Prompts and images.
@@ -359,8 +358,8 @@ class PreferenceDataset(Pairs):
     def check_sample(self, peers: Peers = ALONE) -> None:
         """Decode a sample of evenly spaced pairs, in the first process only.
 
-        Pairs with bad images stay in the data set. In training, the next good pair replaces a bad pair. Pair numbers
-        must not depend on temporarily unreadable files, because a resumed run continues at a pair number.
+        Bad pairs stay in the data set, and in training the next good one replaces them: a resumed run continues at a
+        pair number, which must not depend on temporarily unreadable files.
 
         Raises:
             ValueError: If no pair of the sample can be decoded, and the data set has further pairs.
@@ -435,8 +434,8 @@ class PreferenceDataset(Pairs):
         return BucketSampler(self.sizes, group, seed=self.seed, epoch=epoch, drop_last=drop_last)
 
     def for_evaluation(self) -> PreferenceDataset:
-        """Return these pairs for evaluation. Images are cropped at the center and not flipped, no prompt is emptied,
-        and pairs have no weights. Seeds are the same in every epoch, so that evaluations can be compared."""
+        """Return these pairs for evaluation: cropped at the center, never flipped, no prompt emptied, without weights,
+        and with the same seeds in every epoch, so that evaluations can be compared."""
         view = self.in_epoch(0)  # this view has an epoch of its own
         view._options = self._options.for_evaluation()
         view._pairs = self._pairs.with_columns(weight=None)
@@ -592,14 +591,14 @@ def complete_item(
 
 @dataclass
 class PreferenceCollator:
-    """Collator that makes a batch from items of `PreferenceDataset` or `PreferenceIterableDataset`.
+    """Makes a batch of items of `PreferenceDataset` or `PreferenceIterableDataset`.
 
-    The collator returns a `dict` with
+    It returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. `rows` comes first, because accelerate and
-      transformers read the batch size from the first entry;
-    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
-      to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may itself return floats;
+    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs, first because accelerate and transformers read
+      the batch size from the first entry;
+    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer makes them
+      floats in `[-1, 1]` on the device, one micro-batch at a time; a custom collator may return floats itself;
     - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): seeds of noise and timestep;

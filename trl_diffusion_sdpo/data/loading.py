@@ -39,13 +39,12 @@ def load_pairs(
 
     Args:
         name (`str` or `os.PathLike`): Id on the Hub, or path of a file or folder. Files may be parquet, arrow, JSON,
-            JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may be a data set that
-            `datasets.load_dataset` reads, or have images in the folders `chosen` and `rejected`, or images with ranks
-            at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate`, `pairs score`
-            or `save_to_disk`. Relative names of images are searched in the folder `name`, or in the folder of the file
-            `name`, and then in the working directory.
-        split (`str`): Split, such as `"train"`. Data sets on the Hub, files and folders that `datasets` reads also
-            accept split expressions, such as `"train[:90%]"`. If `name` is a single file, any split name is accepted.
+            JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may be a data set for
+            `datasets.load_dataset`, the output of `pairs pick`, `pairs generate`, `pairs score` or `save_to_disk`, or
+            have images in the folders `chosen` and `rejected`, or with ranks at the end of their names. Relative names
+            of images are looked up in the folder `name`, or that of the file `name`, and then in the working directory.
+        split (`str`): Split, such as `"train"`, or for what `datasets` reads an expression such as `"train[:90%]"`. A
+            single file accepts any name.
         config (`str`, *optional*): Configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
 
@@ -89,8 +88,7 @@ def has_one_split(path: Path) -> bool:
 
 
 def _table_in(path: Path) -> Path | None:
-    """Return the table of pairs in a folder that `pairs pick`, `pairs generate` or `pairs score` wrote, beside other
-    files. Return `None` for other folders."""
+    """Return the table of pairs that `pairs pick`, `pairs generate` or `pairs score` wrote into a folder, or `None`."""
     for mark, table in (("manifest.jsonl", "pairs.jsonl"), ("scores.json", "pairs.parquet")):
         if (path / mark).is_file() and (path / table).is_file():
             return path / table
@@ -100,8 +98,8 @@ def _table_in(path: Path) -> Path | None:
 def _cache_folder(path: Path) -> str | None:
     """Return the cache folder for the tables of a local folder as they are now, or `None` for the usual cache folder.
 
-    If a README.md lists a folder's tables, `datasets` caches their rows by nothing but the folder's name. It would
-    return the rows of another folder of this name, or of tables that have been replaced since.
+    Where a README.md lists a folder's tables, `datasets` caches their rows by the folder's name alone, and would return
+    those of another folder of this name, or of tables replaced since.
     """
     if not (path / CARD_FILE).is_file():
         return None

@@ -23,14 +23,13 @@ class PairMixture:
     """Several data sets of pairs that are trained on together. Each has its own format.
 
     Args:
-        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are the
-            names of the data sets in messages.
-        weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
-            data sets are repeated, with other random numbers, so that an epoch has these shares and contains every
-            pair. Streams that end are restarted until every stream has ended once. By default, an epoch has every pair
-            of map-style data sets once, and streams have equal weights.
-        formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set. By default, the
-            columns of a data set determine its format.
+        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping name them
+            in messages.
+        weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Map-style pairs are
+            repeated, with other random numbers, until an epoch has these shares and every pair. Streams restart until
+            each has ended once. By default, an epoch has every map-style pair once, and streams have equal weights.
+        formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set, by default detected
+            from its columns.
 
     Raises:
         ValueError: If there are no data sets, or if weights or formats are invalid.
@@ -101,9 +100,9 @@ def mixed(
 ) -> Iterator[tuple[int, Any]]:
     """Yield the groups of rows of streams in random order, each with the number of its stream.
 
-    The probability of a stream is proportional to its weight. With `restart`, streams that end are restarted until
-    every stream has ended at least once. `datasets.interleave_datasets` does the same for single rows, so it would
-    split groups of rows that are compared with one another, and its streams must have equal columns.
+    The probability of a stream is proportional to its weight. With `restart`, streams restart until each has ended at
+    least once. `datasets.interleave_datasets` does this for single rows of streams with equal columns, and would split
+    groups of rows that are compared with one another.
 
     Args:
         streams (`Sequence[Callable]`): For each stream, a function that begins to read it.

@@ -77,7 +77,7 @@ class ScoreSettings:
         return tuple(name for name, is_set in settings.items() if is_set)
 
     def apply_to(self, dataset: PreferenceDataset, peers: Peers = ALONE) -> None:
-        """Compute and store calibrated scores and pair weights. All processes must call this method together.
+        """Compute and store calibrated scores and pair weights. Call it in all processes together.
 
         Raises:
             ValueError: If weights are negative or all 0.
@@ -124,7 +124,7 @@ class ScoreSettings:
             )
         if len(weights) > 1 and (weights == weights[0]).all():
             logger.warning(
-                "`pair_weights=%r` has no effect, because all pairs of the %s data have the same weight.",
+                "`pair_weights=%r` has no effect: all pairs of the %s data have the same weight.",
                 self.pair_weights,
                 dataset.report.name,
             )

@@ -74,8 +74,8 @@ class Pairs(Dataset[dict[str, Any]], ABC):
         return None
 
     def gather_undecodable(self, peers: Peers) -> None:
-        """Learn from the other processes which pairs they could not decode. All processes must call this method. The
-        processes of a stream read other pairs and keep their own counts."""
+        """Learn from the other processes which pairs they could not decode. Call it in all processes. The processes of
+        a stream read other pairs and keep their own counts."""
 
 
 class PairEncodings(Protocol):

@@ -35,13 +35,13 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
             [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
-        peers (`Peers`): The processes that prepare the same data. The first process checks images for all processes.
+        peers (`Peers`): The processes that prepare the same data. The first checks images for all.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
 
     Raises:
-        ValueError: If an argument, the type of the data set or its columns are invalid, or if no pair remains.
+        ValueError: If an argument, the type of the data set or its columns are invalid, or no pair remains.
     """
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
@@ -115,8 +115,8 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
         )
     if options.needs_masks and not has_masks:
         raise UserError(
-            f"{options.needs_masks} needs data with a mask column, and the {name} data have no masks. Add the column, "
-            "or leave the setting out."
+            f"{options.needs_masks} needs data with a mask column, and the {name} data have none. Add it, or leave the "
+            "setting out."
         )
     shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
     if options.noise_seeds and shared:
@@ -132,8 +132,8 @@ def _drop_bad_images(
 ) -> PairTable:
     """Check every image, and drop pairs with bad or too small images. Assign the other pairs to buckets.
 
-    If `verify_images` is `"all"`, images are decoded. Otherwise, only their headers are read. The first process does
-    this for all processes.
+    With `verify_images="all"`, images are decoded; otherwise, only their headers are read. The first process does it
+    for all.
     """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(
@@ -175,7 +175,7 @@ def _fit_sources(
     pair: bit i for source i. Also return the sizes that the sources of a pair have in items, by the size at which the
     pair trains. Add a note to the report if sources are not cropped with their pairs.
 
-    Pairs with an unreadable image are left out, because they are counted when they are read.
+    Pairs with an unreadable image are left out: they are counted when they are read.
     """
     images, _ = source.examine_images(
         pairs.positions, options.reader, decode=False, num_proc=options.num_proc, peers=peers

@@ -78,7 +78,7 @@ def load_position(args: TrainingArguments, batches: int = 0, checkpoint: str | N
             return position
     logger.warning(
         "The checkpoint does not say where in the stream to continue after %d batches with %d pairs per batch, %d "
-        "workers and %d processes. These batches are decoded again and discarded.",
+        "workers and %d processes. They are decoded again and discarded.",
         batches,
         *_reading(args),
     )

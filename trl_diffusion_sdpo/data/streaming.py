@@ -1,4 +1,4 @@
-"""Streams of preference pairs, which are checked and transformed while they are read. Each process reads a share."""
+"""Streams of preference pairs, checked and transformed while they are read. Each process reads a share."""
 
 from __future__ import annotations
 
@@ -85,15 +85,14 @@ class Stream:
 class PreferenceIterableDataset(Pairs, IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]. Items have the entries that [`PreferenceDataset`] describes.
 
-    Training processes divide the shards of a stream with the function `split_dataset_by_node` of `datasets`. The
-    DataLoader workers of a process divide the shards of this process. If the number of shards is no multiple of the
-    number of processes, each process reads all labels, but decodes only its share of the pairs. In evaluations, each
-    process always reads all labels, because all processes need the same number of pairs, and rows that are compared
-    with one another must stay together.
+    Training processes divide the shards of a stream by `split_dataset_by_node` of `datasets`, and the DataLoader
+    workers of a process its shards. If the number of shards is no multiple of the number of processes, each process
+    reads all labels but decodes only its share of the pairs. So do evaluations, because all processes need the same
+    number of pairs, and rows that are compared with one another must stay together.
 
-    The entry `row` of an item is the number of its pair. No two pairs of an epoch have the same number, in any worker.
-    The random numbers of a pair are seeded with the seed, the epoch and this number, so they differ between pairs. Bad
-    pairs are skipped and counted. In formats that compare the images of several rows, these rows must be consecutive.
+    The entry `row` of an item is the number of its pair, unique in an epoch over all workers. Seed, epoch and this
+    number seed the random numbers of a pair. Bad pairs are skipped and counted. In formats that compare the images of
+    several rows, these rows must be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One stream, or several streams to mix.
@@ -114,8 +113,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         self._epoch = new_epoch()
         if any(is_split_by_node(stream.source) for stream in streams):
             raise UserError(
-                "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
-                f"{name} stream. Pass the stream without this split."
+                "The trainer splits a stream among the processes itself, but `split_dataset_by_node` has already split "
+                f"the {name} stream. Pass it without this split."
             )
         check_formats({stream.name: stream.format for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
@@ -131,8 +130,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
 
     @property
     def report(self) -> DataReport:
-        """Counts of the current epoch so far, summed over the workers of this process. Pairs of other processes are not
-        counted. Examples of bad rows come from the main process of the DataLoader, not from its workers."""
+        """Counts of the current epoch so far, over the workers of this process only. Examples of bad rows come from the
+        DataLoader's main process."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return replace(self._new_report(), **counts, examples=self._examples)
 
@@ -141,8 +140,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels, unread=unread)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return facts that identify the streams, so that a resumed run can compare them. No row of a stream is read,
-        because a shuffled stream would first have to fill its buffer."""
+        """Return facts that identify the streams, for a resumed run to compare. No row is read: a shuffled stream would
+        first have to fill its buffer."""
         sources = [stream.source for stream in self._streams]
         return {
             "format": self._format_name,
@@ -181,8 +180,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
     def start_at(self, position: StreamPosition) -> None:
         """Set the position at which iterations begin. For each pair before this position, iterations yield `None`.
 
-        Earlier passes are not read. Earlier rows of the current pass are read, so that a shuffled stream has the same
-        order, but their images are not decoded.
+        Earlier passes are not read. Earlier rows of the current one are, so that a shuffled stream has the same order,
+        but not decoded.
         """
         self._start = position
 

@@ -155,14 +155,13 @@ class Engine:
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
             raise UserError(
-                "Each image must be processed by a single process, because the error is a mean over the image. "
-                "The settings turn on tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or "
-                "ZeRO."
+                "Each image must be processed by a single process, because its error is a mean over the image. Tensor, "
+                "context and sequence parallelism split images. Use DDP, FSDP2 or ZeRO."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise UserError(
-                "FSDP must shard weights over all processes. If processes had copies of a shard, inner products of "
-                "gradients would count the shard several times. Got `parallelism_config` with "
+                "FSDP must shard weights over all processes: copies of a shard would count several times in inner "
+                "products of gradients. Got `parallelism_config` with "
                 f"`dp_replicate_size={parallel.dp_replicate_size}` (HSDP). Leave `dp_replicate_size` out."
             )
         if self._is_fsdp and not self.accelerator.is_fsdp2:
@@ -172,8 +171,7 @@ class Engine:
             )
 
     def complete_settings(self, *, exact_gradients: bool) -> None:
-        """Set options of accelerate's plugins that this package's trainer needs. Call this method before the model is
-        prepared.
+        """Set options of accelerate's plugins that this package's trainer needs. Call it before the model is prepared.
 
         With `exact_gradients`, processes average gradients in float32, not in half precision. The parameter-space
         safeguard needs float32, because it subtracts gradients of similar size, and rounding errors would be large
@@ -252,8 +250,7 @@ class Engine:
                 sharding.reshard(model)
 
     def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather the full values of named weights on the CPU, one weight at a time. All processes must call this
-        method.
+        """Gather the full values of named weights on the CPU, one weight at a time. Call it in all processes.
 
         Args:
             tensors (`dict[str, torch.Tensor]`): Parameters and buffers of a module by name, not detached.
@@ -273,22 +270,20 @@ class Engine:
 
     @torch.no_grad()
     def scatter(self, values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
-        """Copy full tensors into the weights of the same names in `into`, which may be sharded. All processes must call
-        this method."""
+        """Copy full tensors into the weights of the same names in `into`, which may be sharded. Call it in all
+        processes."""
         for name, tensor in into.items():
             sharding.scatter(values[name], tensor, self._zero_stage)
 
     @torch.no_grad()
     def mix(self, references: Iterable[torch.Tensor], policies: Iterable[torch.Tensor], alpha: float) -> None:
-        """Update reference weights in place: `ref = alpha * policy + (1 - alpha) * ref`. All processes must call this
-        method."""
+        """Update reference weights in place: `ref = alpha * policy + (1 - alpha) * ref`. Call it in all processes."""
         for reference, policy in zip(references, policies, strict=True):
             with sharding.gathered([reference, policy] if self._zero_stage == 3 else [], write=True):
                 reference.lerp_(policy.to(reference.dtype), alpha)
 
     def float32_shards(self, weights: dict[str, torch.Tensor]) -> Float32Shards:
-        """Return sharded float32 copies of weights that the engine will round. Call this method before the model is
-        prepared."""
+        """Return sharded float32 copies of weights that the engine will round. Call it before the model is prepared."""
         return Float32Shards(weights, self.accelerator, self._zero_stage)
 
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
@@ -356,8 +351,7 @@ class Engine:
             )
 
     def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        """Write the sharded optimizer state under FSDP2 or DeepSpeed into `folder`. All processes must call this
-        method.
+        """Write the sharded optimizer state under FSDP2 or DeepSpeed into `folder`. Call it in all processes.
 
         `model` and `optimizer` must be those that `accelerator.prepare` returned.
         """

@@ -241,7 +241,7 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     if stage not in (1, 2, 3):
         raise UserError(
             f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3. Got stage {stage}. Set `zero_stage` to "
-            "1, or train without DeepSpeed, because stage 0 saves no memory."
+            "1, or train without DeepSpeed: stage 0 saves no memory."
         )
     if engine.zero_use_cpu_optimizer():
         raise UserError(

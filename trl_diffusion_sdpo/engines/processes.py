@@ -25,15 +25,15 @@ def several_processes() -> bool:
 
 
 def max_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Replace each value by its maximum over all processes, in place, and return the tensor. All processes must call
-    this function."""
+    """Replace each value by its maximum over all processes, in place, and return the tensor. Call it in all
+    processes."""
     if several_processes():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
 def in_any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is true in any process. All processes must call this function.
+    """Return whether `flag` is true in any process. Call it in all processes.
 
     The call waits for the device, so do not call it in every step.
     """
@@ -41,8 +41,8 @@ def in_any_process(flag: bool, device: torch.device) -> bool:
 
 
 def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
-    """Return a list of the `value` of every process, in order of rank. Values must be small and picklable. All
-    processes must call this function.
+    """Return a list of the `value` of every process, in order of rank. Values must be small and picklable. Call it in
+    all processes.
 
     A process waits for the other processes up to `ddp_timeout`, half an hour by default.
 
@@ -84,8 +84,8 @@ def peers(args: TrainingArguments) -> Peers:
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """Raise `ValueError` in all processes if a value in `facts`, such as a setting, differs between processes.
 
-    All processes must call this function. Without this check, processes with different settings would wait for each
-    other forever, or average the gradients of different runs.
+    Call it in all processes. Without this check, processes with different settings would wait for each other forever,
+    or average the gradients of different runs.
     """
     everyone = gather_objects({name: repr(value) for name, value in facts.items()})
     for name, ours in everyone[0].items():

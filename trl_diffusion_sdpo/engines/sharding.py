@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def full_tensor(value: Any) -> Any:
-    """Return the full value of a DTensor as a plain tensor. Any other value is returned unchanged. All processes must
-    call this function."""
+    """Return the full value of a DTensor as a plain tensor. Any other value is returned unchanged. Call it in all
+    processes."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
@@ -182,7 +182,7 @@ class Float32Shards:
         return list(self._shards)
 
     def full(self, name: str) -> torch.Tensor:
-        """Return the full float32 value of the weight `name`. All processes must call this method."""
+        """Return the full float32 value of the weight `name`. Call it in all processes."""
         shard = self._shards[name]
         shape = self._shapes[name]
         flat = shard.new_empty(len(shard) * dist.get_world_size())

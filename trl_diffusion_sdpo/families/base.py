@@ -1,7 +1,7 @@
 """The base class of model families.
 
-A family wraps one diffusers pipeline and knows how to encode its prompts and images and how to call its denoiser. A
-family knows nothing about preference pairs or the reference model.
+A family wraps one diffusers pipeline: it knows how to encode prompts and images and how to call the denoiser, and
+nothing about preference pairs or the reference model.
 """
 
 import math
@@ -20,7 +20,7 @@ from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
 from .pipeline_classes import PIPELINE_CLASSES
 
-# The VAE encodes at most this many pixels at once. Its activations for a whole micro-batch would set peak memory.
+# Most pixels that the VAE encodes at once: its activations for a whole micro-batch would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
 
 # Query, key, value and output projections of joint attention, for image and text. Diffusers' LoRA script for SD3
@@ -44,56 +44,56 @@ PromptPadding = Literal["fixed", "end", "end, shifting the image", "start"]
 class Family(ABC):
     """How to train one kind of pipeline: default settings as class attributes, and methods that call the pipeline.
 
-    Before you train a pipeline's denoiser yourself, call `prepare_denoiser(denoiser)`; the class does not check the
-    pipeline, as [`find_family`] does.
+    Call `prepare_denoiser(denoiser)` before you train a denoiser yourself; the class does not check the pipeline, as
+    [`find_family`] does.
 
     `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:
-        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified. It may
-            lack components that are not used. `check_pipeline` says whether it can train.
+        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is not modified and may lack
+            components that are not used. `check_pipeline` says whether it can train.
 
     Attributes:
         name (`str`): Name of the family in messages.
-        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
-            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline. Families of this
-            package list them in `pipeline_classes.py`.
-        pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
-            if diffusers does not export this class.
-        denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
-        frozen_components (`tuple[str, ...]`): Names of the components that training uses but does not train, such as
-            `"vae"` and `"text_encoder"`.
+        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. Saved pipelines
+            of any of them are loaded as the first, the text-to-image pipeline. Families of this package list them in
+            `pipeline_classes.py`.
+        pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names, if diffusers
+            does not export it.
+        denoiser_name (`str`): Name of the component that trains, `"transformer"` by default or `"unet"`.
+        frozen_components (`tuple[str, ...]`): Components that training uses but does not train, such as `"vae"` and
+            `"text_encoder"`.
         lora_target_modules (`tuple[str, ...]`): Default `target_modules` of a LoRA: modules whose name ends with one
             of these.
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
-        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all losses
-            that have no entry. By default, the settings are those of flow models.
-        noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
-            the pipeline's scheduler. The default is flow matching.
-        weighting_scheme (`str`): Default distribution of training timesteps, a `scheme` of [`TimestepSampling`].
+        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name, `FALLBACK` for all losses without an
+            entry. By default, those of flow models.
+        noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the scheduler's
+            configuration. By default, flow matching.
+        weighting_scheme (`str`): Default density of training timesteps, a `scheme` of [`TimestepSampling`].
         patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size`
             latents.
         guidance_scale (`float`, *optional*): Guidance scale that a guidance-distilled denoiser gets as an input in
-            training. `None` for all other denoisers.
-        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, a call encodes as many images
-            as fit into `PIXELS_AT_ONCE` pixels, and at least two.
+            training; `None` for all others.
+        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, as many as fit into
+            `PIXELS_AT_ONCE` pixels, and at least two.
         prompt_padding (`str`): How `encode_prompts` pads prompts to one length. `"fixed"`: always to the same length.
             `"end"`: to the longest prompt of the batch, with masked zeros at the end. `"end, shifting the image"`: like
             `"end"`, but the position ids of image tokens depend on the padded length. `"start"`: to the longest prompt
             of the batch, with unmasked tokens at the start, so that a prompt's embedding depends on the other prompts
             of its batch.
-        host_conditioning (`tuple[str, ...]`): Names of the tensors from `encode_prompts` that stay on the CPU, because
-            `denoiser_inputs` reads their values there.
-        generated_image (`str`): Python expression that selects the first image from the output of the pipeline's call,
-            for the code on model cards.
+        host_conditioning (`tuple[str, ...]`): Tensors from `encode_prompts` that stay on the CPU, where
+            `denoiser_inputs` reads their values.
+        generated_image (`str`): Python expression for the first image in the output of the pipeline's call, for the
+            code on model cards.
         conditional_rows (`str`): How the pipeline calls its denoiser under classifier-free guidance. `"last"` or
             `"first"`: once, with a doubled batch whose last or first half has the prompts. `"all"`: twice, first with
             the prompts and then with the negative prompts.
-        unconditional_name (`str`, *optional*): Name of the component that predicts without prompts under
-            classifier-free guidance, if it is not the denoiser.
+        unconditional_name (`str`, *optional*): Component that predicts without prompts under classifier-free guidance,
+            if it is not the denoiser.
         batch_dimensions (`dict[str, int | None]`): Dimension of the batch for each denoiser input whose first dimension
-            is not the batch. `None` means that the input has no batch dimension, such as position ids.
+            is another; `None` for inputs without one, such as position ids.
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
         may_take_source (`bool`): Whether the pipeline can edit an image but does not need one, so that training data
             may have a `source` column.
@@ -153,12 +153,12 @@ class Family(ABC):
 
     @property
     def has_few_steps(self) -> bool:
-        """Whether the model's configuration says that the model was distilled to generate in few steps."""
+        """Whether the model's configuration says that it was distilled to generate in few steps."""
         return False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the denoiser's inputs: the dtype that `settle_dtype` stored, or else that of the denoiser's weights.
+        """Dtype of the denoiser's inputs: the one that `settle_dtype` stored, or else that of its weights.
 
         LoRA weights are ignored, because their dtype may differ from that of a quantized base model.
         """
@@ -170,8 +170,7 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix the property `dtype`, at its current value or at the argument `dtype`.
 
-        Without a fixed value, the property could change, because sharding engines (FSDP, DeepSpeed) change the dtype of
-        the weights between passes.
+        It could change otherwise: sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -217,13 +216,13 @@ class Family(ABC):
         return {"height": height, "width": width}
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise `ValueError` if the denoiser cannot train on images of this size in pixels. The base class allows every
-        size."""
+        """Raise `ValueError` if the denoiser cannot train on images of this size in pixels. By default, it can on
+        all."""
         return None
 
     def check_pipeline(self) -> None:
-        """Raise `ValueError` if this family cannot train the pipeline, although its class is right. The base class
-        checks that the denoiser and all frozen components are loaded."""
+        """Raise `ValueError` if this family cannot train the pipeline, although its class is right. By default, check
+        that the denoiser and all frozen components are loaded."""
         for component in (self.denoiser_name, *self.frozen_components):
             if getattr(self.pipeline, component) is None:
                 raise UserError(
@@ -232,8 +231,8 @@ class Family(ABC):
                 )
 
     def prepare_denoiser(self, denoiser: torch.nn.Module) -> None:
-        """Change a denoiser in place so that it can train, or be the reference of one that trains. The trainer calls
-        this method for both. By default, nothing changes."""
+        """Change a denoiser in place so that it can train, or be the reference of one that trains; the trainer calls it
+        for both. By default, nothing changes."""
         return None
 
     @abstractmethod
@@ -251,8 +250,8 @@ class Family(ABC):
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Encode prompts together with the source images that they edit.
 
-        By default, the result has the tensors of `encode_prompts` and `encode_sources`. Families whose text encoder
-        also reads the sources override this method.
+        By default, the tensors of `encode_prompts` and `encode_sources`. Override it if the text encoder reads the
+        sources too.
 
         Args:
             prompts (`list[str]` of length N, or 2N for winners and losers): The prompts.
@@ -264,16 +263,15 @@ class Family(ABC):
         return self.encode_prompts(prompts) | self.encode_sources(sources)
 
     def encode_sources(self, sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode source images with the VAE (modes of the posterior). The result has the latents of each pair's first
-        source as `source_0`, `(N, C, H, W)`, those of the second source as `source_1`, and so on."""
+        """Encode source images with the VAE (modes of the posterior). The latents of each pair's first source are
+        `source_0`, `(N, C, H, W)`, those of the second `source_1`, and so on."""
         device = self.pipeline.vae.device
         pixels = [sent(images, device) for images in self.pixels_of_sources(sources)]
         return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
 
     def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
-        """Return a list of tensors `(N, 3, H, W)`. The first tensor has the first source image of each of the N pairs,
-        the second tensor has the second source images, and so on.
-        Images are resized as in the pipeline."""
+        """Return a list of tensors `(N, 3, H, W)`: the first source image of each of the N pairs, then the second, and
+        so on, resized as in the pipeline."""
         most = max(map(len, sources))
         if most > 1 and not self.takes_several_sources:
             raise UserError(
@@ -296,8 +294,8 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} takes no source images.")
 
     def latents_of_sources(self, conditioning: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return one tensor `(N, C, H, W)` with the latents of each pair's first source image, one with the latents of
-        the second, and so on."""
+        """Return one tensor `(N, C, H, W)` with the latents of each pair's first source image, one for the second, and
+        so on."""
         count = sum(name.startswith(SOURCE) for name in conditioning)
         return [conditioning[f"{SOURCE}{number}"].to(dtype) for number in range(count)]
 
@@ -319,8 +317,8 @@ class Family(ABC):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): Images in `[-1, 1]`.
-            generator (`list[torch.Generator]` of length N, *optional*): One CPU generator per image, which samples its
-                latents from the VAE's posterior. If `None`, latents are the modes of the posteriors.
+            generator (`list[torch.Generator]` of length N, *optional*): One CPU generator per image, to sample its
+                latents from the VAE's posterior. If `None`, the modes.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32, on the VAE's device.
@@ -342,7 +340,7 @@ class Family(ABC):
         """
         vae = self.pipeline.vae
         at_once = self.vae_encode_batch_size or max(2, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
-        device = vae.device  # read only once, because diffusers visits every module to find the device
+        device = vae.device  # read once: diffusers visits every module to find the device
         with no_autocast(device), _without_overflow(vae):
             pixel_values = pixel_values.to(device, vae.dtype)
             parts = pixel_values.split(at_once)
@@ -351,7 +349,7 @@ class Family(ABC):
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
         """Sample latents from the output of `image_moments` and scale them, the second of two steps of `encode_images`.
 
-        With the same generators, the result equals that of `encode_images`. This method does not use the VAE's weights.
+        The same generators give the result of `encode_images`. It does not use the VAE's weights.
         """
         with no_autocast(moments.device):
             latents = self.sample_moments(moments, generator).float()

@@ -92,9 +92,8 @@ class QwenImageFamily(QwenImageLatentsFamily):
         others = [name for name in self.other_inputs if self.denoiser.config[name]]
         if others:
             raise UserError(
-                f"A transformer of {self.name} must not set {', '.join(others)}, and this one does. This transformer "
-                "was made for another pipeline, such as those for editing or for layers. Use a text-to-image "
-                "checkpoint."
+                f"A transformer of {self.name} must not set {', '.join(others)}, and this one does: it was made for "
+                "another pipeline, such as those for editing or for layers. Use a text-to-image checkpoint."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Find the model family of a pipeline class.
 
-Families come from this package, from `register_family`, and from entry points of installed packages. The module of
-a family is imported when one of the family's pipelines is first used.
+Families come from this package, from `register_family`, and from entry points of installed packages. They are imported
+when one of their pipelines is first used.
 """
 
 import re
@@ -17,7 +17,7 @@ from .pipeline_classes import PIPELINE_CLASSES
 ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
 HOW_TO_ADD = "docs/extending.md"
 
-# Pipeline class -> "package.module:Class" of its family, for the families of this package.
+# Pipeline class -> "package.module:Class" of its family in this package.
 FAMILIES: dict[str, str] = {
     name: f"{__package__}.{family}" for family, names in PIPELINE_CLASSES.items() for name in names
 }
@@ -25,14 +25,13 @@ _registered: dict[str, str] = {}  # filled by `register_family`
 
 
 def register_family(pipeline_class: str, family: str, *, replace: bool = False) -> None:
-    """Register a model family from outside this package for a pipeline class.
+    """Register your model family for a pipeline class.
 
     Args:
-        pipeline_class (`str`): Name of the pipeline's class, as in the `_class_name` of its `model_index.json`.
-        family (`str`): The [`Family`] as `"package.module:Class"`. The family is imported when a pipeline of this class
-            is first used. The family's attribute `pipeline_classes` must contain `pipeline_class`.
-        replace (`bool`, *optional*, defaults to `False`): Whether to replace the family that the pipeline class
-            already has.
+        pipeline_class (`str`): Name of the class, as in `_class_name` of its `model_index.json`.
+        family (`str`): The [`Family`] as `"package.module:Class"`, imported at the first use of such a pipeline. Its
+            `pipeline_classes` must contain `pipeline_class`.
+        replace (`bool`, *optional*, defaults to `False`): Whether to replace the family that the class already has.
 
     Raises:
         `ValueError`: If a name is malformed, or if the pipeline class has another family and `replace` is `False`.
@@ -66,7 +65,7 @@ def known_pipeline_classes() -> list[str]:
 def family_for_class_name(name: str) -> type[Family]:
     """Return the family of a pipeline class.
 
-    A family from `register_family` takes precedence over the families of this package and those of entry points.
+    One from `register_family` takes precedence over those of this package and of entry points.
 
     Raises:
         `ValueError`: If the pipeline class has no family, or has several families of which none comes from
@@ -76,8 +75,7 @@ def family_for_class_name(name: str) -> type[Family]:
     if not sources:
         raise UserError(
             f"The pipeline class must be one of {', '.join(known_pipeline_classes())}; got {name}. Load a pipeline of "
-            "one of these classes, or write a family for it. The documentation explains how, on the page 'Add a "
-            f"model family' ({HOW_TO_ADD})."
+            f"one of these classes, or write a family for it: see 'Add a model family' ({HOW_TO_ADD})."
         )
     if name not in _registered and len({path for path, _ in sources}) > 1:
         listed = ", ".join(f"{path} ({source})" for path, source in sources)
@@ -90,9 +88,9 @@ def family_for_class_name(name: str) -> type[Family]:
 
 
 def find_family(pipeline: DiffusionPipeline) -> Family:
-    """Return the family of a loaded pipeline, constructed with this pipeline. Raise `ValueError` if no family can train
-    the pipeline. Before you train its denoiser yourself, call the family's `prepare_denoiser(denoiser)`; unlike the
-    family's class, this function has already checked the pipeline."""
+    """Return the family of a loaded pipeline, made for it. Raise `ValueError` if none can train it. Unlike the family's
+    class, it has checked the pipeline; before you train its denoiser yourself, call the family's
+    `prepare_denoiser(denoiser)`."""
     family = family_for_class_name(type(pipeline).__name__)(pipeline)
     family.check_pipeline()
     return family

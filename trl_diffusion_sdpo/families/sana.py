@@ -36,8 +36,8 @@ class SanaFamily(Family):
         super().check_pipeline()
         if self.denoiser.config.guidance_embeds:
             raise UserError(
-                "A Sana transformer must have `guidance_embeds=False`, and this one has True. This transformer belongs "
-                "to Sana-Sprint, which was distilled with another objective. Use the Sana checkpoint from which it was "
+                "A Sana transformer must have `guidance_embeds=False`, and this one has True: it belongs to "
+                "Sana-Sprint, which was distilled with another objective. Use the Sana checkpoint from which it was "
                 "distilled."
             )
 

@@ -14,13 +14,13 @@ def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
     channels = pipeline.vae.config.latent_channels
     if unet.in_channels != channels:
         raise UserError(
-            f"A text-to-image UNet must have {channels} input channels, the latent channels of its VAE. This UNet has "
-            f"{unet.in_channels}, so it was made for inpainting, depth or editing. Use the text-to-image checkpoint "
-            "of the same model."
+            f"A text-to-image UNet must have {channels} input channels, the latent channels of its VAE. This one has "
+            f"{unet.in_channels}, so it was made for inpainting, depth or editing. Use the text-to-image checkpoint of "
+            "the same model."
         )
     if unet.time_cond_proj_dim is not None:
         raise UserError(
-            f"A UNet must not take the guidance scale as an input, and this one does (`time_cond_proj_dim` is "
-            f"{unet.time_cond_proj_dim}). This UNet was distilled, and preference training would undo the "
-            "distillation. Use the checkpoint from which it was distilled."
+            "A UNet must not take the guidance scale as an input, and this one does (`time_cond_proj_dim` is "
+            f"{unet.time_cond_proj_dim}). It was distilled, and preference training would undo that. Use the "
+            "checkpoint from which it was distilled."
         )

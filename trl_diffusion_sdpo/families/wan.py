@@ -47,10 +47,10 @@ class WanFamily(Family):
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
             raise UserError(
                 "A Wan pipeline must have only one transformer for training. This pipeline has two, for two timestep "
-                f"ranges (`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train the two transformers one "
-                "after the other. Load the pipeline with `transformer_2=None, boundary_ratio=None`, and set "
-                "`timestep_range` to the range of the transformer. The first transformer has the timesteps above `1000 "
-                "* boundary_ratio`. To train the second transformer, pass it as `transformer`."
+                f"ranges (`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train one after the other: load "
+                "the pipeline with `transformer_2=None, boundary_ratio=None`, and set `timestep_range` to the range of "
+                "the transformer. The first has the timesteps above `1000 * boundary_ratio`. To train the second, pass "
+                "it as `transformer`."
             )
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.z_dim)

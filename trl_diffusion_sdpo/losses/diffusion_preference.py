@@ -18,17 +18,17 @@ SAFEGUARDS: tuple[str, ...] = get_args(Safeguard)
 
 @dataclass(frozen=True)
 class PreferenceLossOutput:
-    """Result of [`diffusion_preference_loss`].
+    """What [`diffusion_preference_loss`] returns.
 
     Args:
-        loss (`torch.Tensor` of shape `()`): Mean loss. Its backward pass computes the gradient with the safeguard.
+        loss (`torch.Tensor` of shape `()`): Mean loss. Its backward pass gives the gradient with the safeguard.
         scale (`torch.Tensor` of shape `()`, or `(B,)` with the granularities `"pair"` and `"noise_bin"`): Lambda, the
             factor of the losers' gradients, detached.
         metrics (`dict[str, torch.Tensor]`): Metrics of the batch by name, as detached scalars.
-        pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, not multiplied by the pair's weight.
+        pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair, detached and without its weight.
         pair_rewards (`torch.Tensor` of shape `(B, 2)`): Detached rewards of winner and loser.
-        pair_errors (`torch.Tensor` of shape `(B, 2)` or `(B, 4)`): Detached mean squared errors of winner and loser,
-            without timestep weights. With a reference, columns 3 and 4 are the errors of the reference's predictions.
+        pair_errors (`torch.Tensor` of shape `(B, 2)` or `(B, 4)`): Mean squared errors of winner and loser, detached
+            and without timestep weights; with a reference, its two errors too.
     """
 
     loss: torch.Tensor
@@ -64,39 +64,36 @@ def diffusion_preference_loss(
     r"""Return the preference loss of a batch of pairs, with the safeguard in output space.
 
     Args:
-        model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first, then their B
-            losers. Winner and loser of a pair share prompt and timestep, and usually noise.
+        model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy: the B winners, then their B losers.
+            The two of a pair share prompt and timestep, and usually noise.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or sample.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. All losses
-            except `sft`, `mapo` and `simpo` need either `ref_pred` or `ref_errors`.
-        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Mean squared errors of the reference's predictions in
-            float32, without timestep weights. Pass either `ref_errors` or `ref_pred`. The losses `dspo` and
-            `dspo_sdxl` need `ref_pred`.
-        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): Name of a loss, or names of several
-            losses to sum.
-        loss_weights (`list[float]`, *optional*): Weights of the summed losses. By default, every weight is 1.
-        margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair with a larger logit has no gradient.
+            except `sft`, `mapo` and `simpo` need these or `ref_errors`.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Mean squared errors of the reference in float32,
+            without timestep weights, instead of `ref_pred`. Not for `dspo` and `dspo_sdxl`.
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): Name of a loss, or of several to sum.
+        loss_weights (`list[float]`, *optional*): Weights of the summed losses, by default 1.
+        margin_clamp (`float`, *optional*): Largest logit, greater than 0. Above it, a pair has no gradient.
         beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor in the logit
             `u = -(beta / 2) (winner_change - loser_change)`, greater than 0 (not checked if `beta` is a tensor). `sft`
             ignores beta.
-        safeguard (`str`, *optional*, defaults to `"output"`): `"output"` multiplies the losers' gradients by
-            a factor lambda that is computed at the predictions. `"none"` leaves the gradients unchanged.
-        safeguard_mu (`float`, *optional*, defaults to 0.9): Strictness of the safeguard in `[0, 1]`. A larger value
-            makes lambda smaller.
-        safeguard_granularity (`str`, *optional*, defaults to `"batch"`): Pairs that share a lambda. `"batch"` (the
-            authors' rule) and `"weighted"` compute one lambda for the batch, `"pair"` one lambda for each pair,
-            `"noise_bin"` one lambda for each noise bin. See [`output_scale`].
-        safeguard_eps (`float`, *optional*, defaults to 0): Number that is added to the inner product of the winners'
-            and losers' error gradients, before lambda is computed. The authors' code adds 1e-9.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean over all
-            pairs, at least 0. A pair with the weight 0 contributes neither to the loss nor to lambda.
+        safeguard (`str`, *optional*, defaults to `"output"`): `"output"` multiplies the losers' gradients by a lambda
+            computed at the predictions; `"none"` leaves them unchanged.
+        safeguard_mu (`float`, *optional*, defaults to 0.9): Strictness of the safeguard in `[0, 1]`: the larger, the
+            smaller lambda.
+        safeguard_granularity (`str`, *optional*, defaults to `"batch"`): Pairs that share a lambda: all with `"batch"`
+            (the authors' rule) and `"weighted"`, none with `"pair"`, those of a noise bin with `"noise_bin"`. See
+            [`output_scale`].
+        safeguard_eps (`float`, *optional*, defaults to 0): Added to the inner product of the winners' and losers' error
+            gradients before lambda is computed; 1e-9 in the authors' code.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean, at
+            least 0. A pair with the weight 0 counts neither in the loss nor in lambda.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
             weights.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
-            lambda, in `[0, 1]`. Loser weights do not change the value of the loss. A pair with the weight 0 trains only
-            its winner.
-        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Index of each pair's noise bin, in
-            `[0, num_noise_bins)`. The granularity `"noise_bin"` needs `noise_bins`.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients besides lambda, in
+            `[0, 1]`. They do not change the value of the loss. A pair with 0 trains only its winner.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Index of each pair's noise bin, in `[0,
+            num_noise_bins)`, for the granularity `"noise_bin"`.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins (ranges of noise levels).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first, for `smpo` and `capo`.
         loss_kwargs (`float`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
@@ -106,7 +103,7 @@ def diffusion_preference_loss(
 
     Raises:
         `ValueError`: If the loss is unknown, a setting is out of range or belongs to another loss, shapes do not match,
-            a reference or scores are missing, or both `ref_pred` and `ref_errors` were passed.
+            or a reference or scores are missing or passed twice.
 
     Source: https://huggingface.co/papers/2511.03317.
 
@@ -128,7 +125,7 @@ def diffusion_preference_loss(
     _check_needs(repr(loss_type), spec, beta, ref_pred, ref_errors, scores, rows=len(model_pred))
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
 
-    # If the loss reads scores, the image with the higher score is the winner.
+    # For a loss that reads scores, the higher score wins.
     if spec.needs_scores:
         assert scores is not None
         order = order_by_scores(scores).to(model_pred.device)
@@ -147,8 +144,8 @@ def diffusion_preference_loss(
         losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
         return losses, pair_mean(losses, pair_weights)
 
-    # Compute lambda at the predictions, from residuals if the loss gradients of winners and losers are proportional to
-    # their residuals. Otherwise compute the loss gradients in a graph that starts at the predictions.
+    # Lambda at the predictions: from residuals where the loss gradients of winners and losers are proportional to them,
+    # otherwise from these gradients, in a graph that starts at the predictions.
     residuals = (model_pred.detach().float() - target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
     scale = torch.ones((), device=model_pred.device)
     if safeguard == "output" and spec.uses_loser:
@@ -193,11 +190,11 @@ def diffusion_preference_loss(
 
 
 def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Tensor]:
-    """Return the mean rewards and errors of a batch of pairs, by name, as detached scalars on the device.
+    """Return the mean rewards and errors of a batch by name, as detached scalars on the device.
 
     Args:
         terms ([`PairTerms`]): Terms of the pairs.
-        beta (`float`, *optional*): Factor beta of the rewards. If `None`, the metrics contain no rewards.
+        beta (`float`, *optional*): Factor beta of the rewards. Without it, there are none.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the
@@ -227,13 +224,13 @@ def safeguard_metrics(
     past: torch.Tensor | None = None,
     loser_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the metrics of the safeguard by name, as detached scalars.
+    """Return the safeguard's metrics by name, as detached scalars.
 
     Args:
         scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda, the safeguard's factor of the losers' gradients.
         cosine (`torch.Tensor` of shape `()`, *optional*): Cosine between the winners' and the losers' residuals.
-        past (`torch.Tensor` of shape `(B,)`, *optional*): Mask of the pairs whose logit exceeds `target_logit`, so that
-            the loss raises the winner's error.
+        past (`torch.Tensor` of shape `(B,)`, *optional*): Pairs whose logit exceeds `target_logit`, so that the loss
+            raises the winner's error.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
             lambda.
 
@@ -255,7 +252,7 @@ def safeguard_metrics(
 def plain_errors(terms: PairTerms) -> list[torch.Tensor]:
     """Return the detached errors of winner and loser, each `(B,)`, without timestep weights.
 
-    If the terms have a reference, the list also contains the errors of winner and loser under the reference.
+    With a reference, its two errors follow.
     """
     errors = [terms.winner_error, terms.loser_error, terms.ref_winner_error, terms.ref_loser_error]
     return [_plain(error, terms).detach() for error in errors if error is not None]
@@ -275,14 +272,14 @@ def _plain(errors: torch.Tensor, terms: PairTerms) -> torch.Tensor:
 def check_safeguard(
     safeguard: str, mu: float, granularity: str, eps: float, spec: LossSpec, loss_type: str | Sequence[str]
 ) -> None:
-    """Raise `ValueError` if a setting of the safeguard is out of range, or if no safeguard fits the loss."""
+    """Raise `ValueError` if a setting of the safeguard is out of range, or none fits the loss."""
     if safeguard not in SAFEGUARDS:
         raise UserError(f"`safeguard` must be one of {', '.join(SAFEGUARDS)}; got {safeguard!r}.")
     if safeguard != "none" and not spec.lowers_winner:
         raise UserError(
-            f"A safeguard needs a loss that lowers the winner's error, and the loss {loss_type!r} raises it. With "
-            f"`safeguard={safeguard!r}`, lambda would be 0 from the first step on, and nothing would train. Set "
-            "`safeguard='none'`, or add a loss that lowers the winner's error, such as `sft`."
+            f"A safeguard needs a loss that lowers the winner's error, and {loss_type!r} raises it: with "
+            f"`safeguard={safeguard!r}`, lambda would stay 0 and nothing would train. Set `safeguard='none'`, or add a "
+            "loss that lowers the winner's error, such as `sft`."
         )
     if not 0 <= mu <= 1:
         raise UserError(f"`safeguard_mu` must be in [0, 1], got {mu}. Use 0 for the loosest safeguard.")
@@ -314,7 +311,7 @@ def _check_predictions(
             f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Use torch.cat([winners, losers])."
         )
     if ref_pred is not None and ref_errors is not None:
-        raise UserError("The reference must be either `ref_pred` or `ref_errors`. Got both. Pass one of the two.")
+        raise UserError("The reference must be either `ref_pred` or `ref_errors`, got both. Pass one of the two.")
     if ref_pred is not None and ref_pred.shape != model_pred.shape:
         raise UserError(
             f"`ref_pred` must have the shape of `model_pred`, {tuple(model_pred.shape)}. Got {tuple(ref_pred.shape)}. "
@@ -363,7 +360,7 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return predictions `(2B, ...)` in float32, whose backward pass multiplies the losers' gradients by `scale`."""
+    """Return predictions `(2B, ...)` in float32. Their backward pass multiplies the losers' gradients by `scale`."""
     winner, loser = model_pred.float().chunk(2)  # (2B, ...) -> two of (B, ...)
     return torch.cat([winner, scale_gradient(loser, per_sample(scale, loser))])
 
@@ -372,8 +369,7 @@ def order_by_scores(scores: torch.Tensor) -> torch.Tensor:
     """Return indices `(2B,)` that exchange winner and loser of each pair whose loser has the higher score.
 
     Args:
-        scores (`torch.Tensor` of shape `(2B,)`): Scores of the winners, then of the losers. A pair with equal scores
-            is not exchanged.
+        scores (`torch.Tensor` of shape `(2B,)`): Scores of the winners, then of the losers. Ties stay.
     """
     winner_score, loser_score = scores.chunk(2)
     pairs = len(winner_score)

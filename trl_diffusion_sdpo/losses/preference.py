@@ -1,6 +1,6 @@
-"""Losses of preference pairs. Each loss is a pure function that returns the loss of each pair from [`PairTerms`].
+"""Losses of preference pairs: pure functions from [`PairTerms`] to the loss of each pair.
 
-This module defines [`PairTerms`], the loss functions, their table [`LOSSES`], and weighted sums of losses.
+Here are [`PairTerms`], the loss functions, their table [`LOSSES`], and weighted sums of them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from .safeguard import Anchor, Granularity
 
 @dataclass(frozen=True)
 class PairTerms:
-    r"""Everything that the loss functions need to know about `B` preference pairs, in float32.
+    r"""What the loss functions know of `B` preference pairs, in float32.
 
-    An error is the mean square of one sample's residual (`prediction - target`), times the pair's timestep weight if
-    there is one.
+    An error is the mean square of a sample's residual (`prediction - target`), times the pair's timestep weight if any.
 
     Args:
         winner_error (`torch.Tensor` of shape `(B,)`): Error of the preferred image under the policy.
@@ -34,14 +33,12 @@ class PairTerms:
         ref_winner_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the preferred image under the reference.
         ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
-        winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): Policy's prediction minus the
-            reference's prediction, for the winner. Only the DSPO losses read `winner_shift`. `None` if the caller
-            passed the reference's errors instead of its predictions.
+        winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): Policy's prediction minus the reference's, for
+            the winner. Only the DSPO losses read it. `None` if the caller passed the reference's errors.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'.
-        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. The errors
-            are already multiplied by the weight, and `winner_residual` and `winner_shift` by its square root.
-        margin_clamp (`float`, *optional*): Largest value of the logit. A larger logit is cut to this value and then
-            passes no gradient.
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. It is
+            already in the errors, and its square root in `winner_residual` and `winner_shift`.
+        margin_clamp (`float`, *optional*): Largest logit. A larger one is cut to it and passes no gradient.
 
     Example:
 
@@ -79,7 +76,7 @@ class PairTerms:
     def logit(self, beta: float) -> torch.Tensor:
         """Return each pair's logit `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, cut at `margin_clamp`.
 
-        The logit is the log-odds with which the policy prefers the winner to the loser.
+        It is the policy's log-odds of preferring the winner.
 
         Source: https://huggingface.co/papers/2311.12908, equation 14. The constant factor of that equation is
         `beta / 2` here.
@@ -91,8 +88,8 @@ class PairTerms:
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
     """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. This mean may differ by rounding from
-    the mean of the `N` separate errors.
+    With `over_batch`, over all dimensions: `(N, ...) -> ()`, which may round differently from the mean of the `N`
+    errors.
     """
     squares = residual.float().square()
     return squares.mean() if over_batch else squares.flatten(1).mean(1)
@@ -107,16 +104,16 @@ def pair_terms(
     timestep_weights: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> PairTerms:
-    """Compute the [`PairTerms`] of a batch from predictions in which the winners come before the losers.
+    """Compute the [`PairTerms`] of a batch from predictions, winners first.
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
         target (`torch.Tensor` of shape `(2B, ...)`): Training target of each prediction.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference, to be detached.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
-            timestep weights. Pass either `ref_errors` or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
+            timestep weights, instead of `ref_pred`. `winner_shift` is then `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
-            weights. In Diffusion-DPO's equation 14, this factor is omega.
+            weights (omega in Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
 
     Returns:
@@ -199,8 +196,8 @@ def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) -> torch.Tensor:
     """Return the robust DPO loss of each pair, `(B,)`.
 
-    Robust DPO stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong. It is
-    not about data whose distribution shifts.
+    It stays unbiased if a share `label_smoothing`, in `[0, 0.5)`, of the labels is wrong. It is not about data whose
+    distribution shifts.
 
     Source: https://huggingface.co/papers/2403.00409, equation 12.
     """
@@ -227,10 +224,10 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1) -> torch.Tensor:
     """Return the DSPO loss as published for SDXL, `(B,)`.
 
-    The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else
-    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's
-    prediction for the winner towards the reference's prediction, and may thereby raise the winner's error. The
-    safeguard does not prevent this rise, because the safeguard scales only the loser's gradient.
+    The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else `(1 -
+    sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's prediction for the
+    winner towards the reference's and may so raise the winner's error. The safeguard does not prevent that: it scales
+    only the loser's gradient.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
@@ -243,9 +240,9 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
     """Return the DMPO loss of each pair, `(B,)`.
 
-    The loss is the reverse KL divergence between the policy's probability of preferring the winner and the target
-    probability `1 - dmpo_alpha`. It is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. The DMPO loss
-    equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
+    It is the reverse KL divergence between the policy's probability of preferring the winner and the target `1 -
+    dmpo_alpha`, smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. It equals TRL's `exo_pair` with
+    `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
     """
@@ -256,7 +253,7 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
 
 
 def sft_loss(terms: PairTerms) -> torch.Tensor:
-    """Return the winners' errors, `(B,)`, for supervised fine-tuning without losers and without a reference."""
+    """Return the winners' errors, `(B,)`: supervised fine-tuning, without losers or reference."""
     return terms.winner_error
 
 
@@ -288,8 +285,8 @@ def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> to
 def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> torch.Tensor:
     """Return the DPO-Positive loss of each pair, `(B,)`: `-logsigmoid(u - l (beta / 2) relu(err_w - ref_err_w))`.
 
-    `u` is the logit and `l` is `dpop_lambda`. If the winner's error exceeds its error under the reference, the last
-    term raises the loss.
+    `u` is the logit and `l` is `dpop_lambda`. The last term raises the loss if the winner's error exceeds the
+    reference's.
 
     Source: https://huggingface.co/papers/2402.13228, equation 3.
     """
@@ -299,8 +296,8 @@ def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> tor
 def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> torch.Tensor:
     """Return the Linear-DPO loss of each pair, `w (err_w - err_l)`, `(B,)`.
 
-    The detached weight is `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, with `m = winner_change - loser_change` and
-    `eta = linear_eta`. The loss works well with a reference that follows the policy during training (`sync_ref_model`).
+    The detached weight is `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, with `m = winner_change - loser_change` and `eta
+    = linear_eta`. It works well with a reference that follows the policy (`sync_ref_model`).
     """
     margin = (terms.winner_change - terms.loser_change).detach()
     weight = (0.2 * beta * margin + 0.5).clamp(linear_eta, 1 - linear_eta)
@@ -310,11 +307,11 @@ def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> t
 def smpo_loss(
     terms: PairTerms, *, beta: float, smpo_coefficient: float = 10.0, smpo_score_scale: float = 1.0
 ) -> torch.Tensor:
-    """Return the loss of smoothed preference optimization (SmPO) for each pair, `-logsigmoid(c (2p - 1) u)`, `(B,)`.
+    """Return the loss of smoothed preference optimization (SmPO), `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
     `u` is the logit and `c` is `smpo_coefficient`. `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
-    probability that the winner is preferred. The caller must exchange winner and loser if the loser has the higher
-    score, so that `p` is at least 0.5.
+    probability that the winner is preferred. Exchange winner and loser first if the loser has the higher score, so that
+    `p` is at least 0.5.
 
     Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. The module `families.inversion`
     implements the noise inversion of the same paper.
@@ -328,9 +325,9 @@ def smpo_loss(
 def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the CaPO loss of each pair, `(u - (c_w - c_l))^2`, `(B,)`.
 
-    The loss is IPO with a target for each pair: the winner's calibrated score minus the loser's, `c_w - c_l`. A
-    calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. The
-    caller must exchange winner and loser if the loser has the higher score, so that the target is in `[0, 1]`.
+    It is IPO with a target for each pair: the winner's calibrated score minus the loser's, `c_w - c_l`. A
+    calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. Exchange
+    winner and loser first if the loser has the higher score, so that the target is in `[0, 1]`.
 
     Source: https://huggingface.co/papers/2502.02588. From this paper, we used only the abstract and the formula above.
     The paper multiplies the margin by a factor. In this function, the factor is `beta / 2`.
@@ -344,8 +341,8 @@ def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the loss of Anchored Preference Optimization (APO-zero) for each pair, `sigmoid(-r_w) + sigmoid(r_l)`,
     `(B,)`.
 
-    `r_w` and `r_l` are the rewards of winner and loser ([`PairTerms.rewards`]). Minimising the first term lowers the
-    winner's error. Minimising the second term raises the loser's error.
+    `r_w` and `r_l` are the rewards of winner and loser ([`PairTerms.rewards`]). The first term lowers the winner's
+    error, the second raises the loser's.
 
     Source: https://huggingface.co/papers/2408.06266, equation 7.
     """
@@ -357,10 +354,10 @@ def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the loss of Anchored Preference Optimization (APO-down) for each pair, `sigmoid(r_w) + sigmoid(-u)`,
     `(B,)`.
 
-    `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
-    and raises the loser's error more. Use APO-down if the model generates better images than the winners. APO-down
-    trains only without a safeguard, or in a sum: at the first step, the winner's part of the gradient is exactly 0, so
-    a safeguard would remove the loser's part, and the second step would be the first again.
+    `u` is the logit and `r_w = -(beta / 2) winner_change` the winner's reward. Use it if the model generates better
+    images than the winners: it raises their error, and the losers' more. It trains only without a safeguard, or in a
+    sum: at the first step, the winner's part of the gradient is exactly 0, so a safeguard would remove the loser's
+    part, and the second step would be the first again.
 
     Source: https://huggingface.co/papers/2408.06266, equation 8.
     """
@@ -378,7 +375,7 @@ def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
     small = x < 1e-4
     series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding for small `x`
     safe = torch.where(small, torch.ones_like(x), x)
-    # Equals x / expm1(x), in a form whose gradient does not overflow at large errors.
+    # x / expm1(x), in a form whose gradient does not overflow at large errors.
     return torch.where(small, series, safe * torch.exp(-safe) / -torch.expm1(-safe))
 
 
@@ -387,35 +384,32 @@ def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss function and its properties. The table [`LOSSES`] has one `LossSpec` per loss.
+    """A loss function and its properties: a row of the table [`LOSSES`].
 
-    The defaults are right for a loss of which nothing is known: lambda is then computed from the gradients of the loss,
-    and protects the winners' mean error. A row of the table marks what its loss does without.
+    The defaults are right for a loss of which nothing is known: lambda comes from the gradients of the loss and
+    protects the winners' mean error. A row marks what its loss can do without.
 
     Args:
-        function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
-            loss of each pair, `(B,)`.
+        function (`Callable`): Takes [`PairTerms`], and settings by keyword, and returns the loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
-        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If `True`, callers
-            cannot pass the reference's errors in place of its predictions.
-        uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on a loss that does
-            not read the loser's error.
+        reads_reference_prediction (`bool`): Whether it also reads the reference's prediction, so that the reference's
+            errors are not enough.
+        uses_loser (`bool`): Whether the loss reads the loser's error. If not, the safeguard has no effect.
         needs_scores (`bool`): Whether the loss reads reward scores.
         lowers_winner (`bool`): Whether, before the first step, the winner's part of the gradient lowers the winner's
-            error. If `False`, lambda would be 0 from the first step on, so such a loss trains only without a safeguard,
-            or in a sum with another loss.
+            error. If not, lambda would stay 0, so the loss trains only without a safeguard, or in a sum.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
-            equal absolute values, or the safeguard's authors assume equal absolute values for this loss. If `True`, the
-            safeguard computes lambda for a batch or a noise bin from residuals alone.
-        positive_weights (`bool`): Whether `equal_weights` is true and the derivative by the winner's error is positive
-            for every pair. If `True`, the safeguard computes lambda for a single pair from residuals alone.
-        target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
-            finite logit at which the loss is smallest, a number or `(B,)`. At larger logits the loss raises the
-            winner's error, whatever lambda is.
+            equal absolute values, or the safeguard's authors assume so. Lambda of a batch or a noise bin then follows
+            from residuals alone.
+        positive_weights (`bool`): Whether, with `equal_weights`, the derivative by the winner's error is positive for
+            every pair. Lambda of a single pair then follows from residuals alone.
+        target_logit (`Callable`, *optional*): Takes [`PairTerms`] and `loss_kwargs`, and returns the finite logit at
+            which the loss is smallest, a number or `(B,)`. Above it, the loss raises the winner's error, whatever
+            lambda is.
         anchor (`str`): Default of `anchor` in `safeguard_kwargs`: `"branch"` if, for every pair, the winner's part of
             the gradient is the gradient of the winner's error times a number of at least 0, else `"error"`.
-        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
-            pair whose logit is cut at `margin_clamp` has no gradient.
+        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. A pair whose
+            logit is cut at `margin_clamp` then has no gradient.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
 
     Example:
@@ -445,7 +439,7 @@ class LossSpec:
         return "beta" in inspect.signature(self.function).parameters
 
     def pair_losses(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
-        """Return the loss of each pair, `(B,)`. Logits above `margin_clamp` are cut to `margin_clamp` first."""
+        """Return the loss of each pair, `(B,)`, with logits cut at `margin_clamp`."""
         if self.margin_clamp is not None:
             terms = replace(terms, margin_clamp=self.margin_clamp)
         return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
@@ -550,7 +544,7 @@ def loss_weights_by_name(
 
     Args:
         loss_type (`str` or `list[str]`): One name of [`LOSSES`], or several names.
-        loss_weights (`list[float]`, *optional*): A weight for each name. Every weight is 1 if `loss_weights` is unset.
+        loss_weights (`list[float]`, *optional*): A weight for each name; 1 if unset.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
@@ -584,8 +578,8 @@ def loss_spec(
         margin_clamp (`float`, *optional*): Largest value of the logit, greater than 0.
 
     Raises:
-        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or if `margin_clamp` is set but not
-            above 0, no loss reads the loser, or a loss that reads the loser depends on more than the logit.
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or `margin_clamp` is set but not above
+            0, no loss reads the loser, or one that does depends on more than the logit.
     """
     weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
@@ -593,8 +587,7 @@ def loss_spec(
         return spec
     if not (margin_clamp > 0 and math.isfinite(margin_clamp)):
         raise UserError(
-            f"`margin_clamp` must be finite and greater than 0. Got {margin_clamp}. Leave `margin_clamp` unset to use "
-            "logits without a limit."
+            f"`margin_clamp` must be finite and greater than 0, got {margin_clamp}. Leave it unset for no limit."
         )
     refused = [name for name in weights if LOSSES[name].uses_loser and not LOSSES[name].reads_logit_only]
     if not spec.uses_loser:
@@ -602,8 +595,8 @@ def loss_spec(
     if refused:
         accepted = ", ".join(name for name, row in LOSSES.items() if row.reads_logit_only)
         raise UserError(
-            f"`margin_clamp` applies only to losses that are functions of the logit alone: {accepted}. Got "
-            f"{', '.join(refused)}. Leave `margin_clamp` out, or choose another loss."
+            f"`margin_clamp` needs losses that are functions of the logit alone: {accepted}. Got {', '.join(refused)}. "
+            "Leave `margin_clamp` out, or choose another loss."
         )
     return replace(spec, margin_clamp=margin_clamp)
 
@@ -655,10 +648,10 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
         """Return the smallest target logit of all losses. Above it, some loss raises the winner's error."""
         logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
-        zeros = torch.zeros_like(terms.winner_error)  # turns numbers into tensors without a copy from the CPU
+        zeros = torch.zeros_like(terms.winner_error)  # numbers become tensors without a copy from the CPU
         return torch.stack([zeros + logit for logit in logits]).amin(0)
 
-    # `LossSpec` reads a loss's settings from its signature, so give the sum the settings of all losses.
+    # `LossSpec` reads settings from a signature, so the sum gets those of all losses.
     merged = {name: setting for row in rows for name, setting in inspect.signature(row.function).parameters.items()}
     signature = inspect.Signature(sorted(merged.values(), key=lambda parameter: parameter.kind))
     weighted_sum.__signature__ = signature  # type: ignore[attr-defined]
@@ -681,15 +674,15 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     """Add a custom loss to [`LOSSES`], so that `loss_type` and [`diffusion_preference_loss`] accept its name.
 
     Args:
-        name (`str`): Name of the loss. No loss of this package may have this name.
-        function (`Callable`): Function that takes [`PairTerms`] and returns the loss of each pair, `(B,)`. The
-            function may take `beta` as a keyword argument. All other keyword arguments keep their defaults in training.
-        facts (`Any`): Values of fields of [`LossSpec`], such as `needs_reference=False`. By default, the loss reads the
-            loser's and the reference's errors, and lambda is computed from the gradients of the loss.
+        name (`str`): Name of the loss, other than those of this package.
+        function (`Callable`): Takes [`PairTerms`] and returns the loss of each pair, `(B,)`. It may take `beta` by
+            keyword; other keyword arguments keep their defaults in training.
+        facts (`Any`): Fields of [`LossSpec`], such as `needs_reference=False`. By default, the loss reads the loser's
+            and the reference's errors, and lambda comes from its gradients.
 
     Raises:
-        `ValueError`: If this package has a loss of this name, if the name is not an identifier, if the function has
-            an argument that is neither `terms` nor keyword-only, or if `LossSpec` has no field of a fact's name.
+        `ValueError`: If the name is taken or not an identifier, the function has an argument besides `terms` that is
+            not keyword-only, or `LossSpec` has no field of a fact's name.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Safeguard: computes lambda, the largest factor of the loser's gradient that does not raise the winner's error."""
+"""The safeguard: lambda, the largest factor of the loser's gradient that does not raise the winner's error."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class SafeguardSettings:
 
     Args:
         granularity (`str`): Pairs that share one lambda under the safeguard in output space.
-        eps (`float`): Number that the safeguard in output space adds to the divisor of lambda.
-        anchor (`str`, *optional*): Quantity that the safeguard in parameter space keeps from rising. `None` is the
-            loss's own, see [`~trl_diffusion_sdpo.losses.LossSpec`].
+        eps (`float`): What the safeguard in output space adds to the divisor of lambda.
+        anchor (`str`, *optional*): What the safeguard in parameter space keeps from rising. `None` for the loss's own,
+            see [`~trl_diffusion_sdpo.losses.LossSpec`].
         low_memory (`bool`): Whether the safeguard in parameter space holds the activations of winners and losers one
             after the other.
 
@@ -55,16 +55,15 @@ def loser_scale(
 
     Let `a` be the gradient of the winner's error, `W` the winner's part of the loss gradient, and `-L` the loser's
     part. A step along `-(W - lambda L)` changes the winner's error by `-(<a, W> - lambda <a, L>)`. The error falls by
-    at least `mu <a, W>` if lambda is at most `(1 - mu) <a, W> / <a, L>`. This bound on lambda applies if `<a, L>` is
-    positive. If `<a, L>` is 0 or negative, the loser's part does not raise the winner's error, and lambda is 1.
+    at least `mu <a, W>` if lambda is at most `(1 - mu) <a, W> / <a, L>`. If `<a, L>` is 0 or negative, the loser's part
+    does not raise the winner's error, and lambda is 1.
 
     Args:
         winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>` of the gradients `a` and `W` above.
         dot (`torch.Tensor` of the same shape): Inner product `<a, L>` of the gradients `a` and `L` above.
         mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 whenever the loser's part raises the winner's error.
-        eps (`float`, *optional*, defaults to 0): Number that is added to `dot`, as in the authors' code. A value above
-            0 makes lambda smaller, noticeably so if `dot` is as small as `eps`. Set `eps` only to reproduce the
-            authors' numbers.
+        eps (`float`, *optional*, defaults to 0): Added to `dot`, as in the authors' code. It makes lambda smaller,
+            noticeably so if `dot` is as small. Set it only to reproduce the authors' numbers.
 
     Returns:
         `torch.Tensor`: Lambda in `[0, 1]`, detached. Lambda is 0 if both parts of the gradient raise the winner's
@@ -100,9 +99,8 @@ def parameter_scale(
 
     Returns:
         Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
-        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`. The metric `safeguard/opposed` is 1 if
-        `<a, W> <= 0`: a step along `W`, the winners' part of the loss gradient, then does not lower the winners' error
-        (whose gradient is `a`), and lambda is 0.
+        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`. The last is 1 if `<a, W> <= 0`: a step along `W`
+        then does not lower the winners' error, and lambda is 0.
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
@@ -127,7 +125,7 @@ def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
 
 
 def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with unchanged values. The backward pass multiplies the gradient by the detached `scale`."""
+    """Return the tensor with unchanged values, whose backward pass multiplies the gradient by the detached `scale`."""
     constant = tensor.detach()
     return constant + scale.detach() * (tensor - constant)  # the difference is 0, so the values do not change
 
@@ -142,9 +140,9 @@ def output_products(
     Args:
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the loser.
-        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): Gradients of the loss at
-            the predictions for winner and loser. By default, the gradients of the mean errors replace these gradients.
-            Lambda is then exact if the derivatives of a pair's loss by its two errors have equal absolute values.
+        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): Gradients of the loss at the
+            predictions for winner and loser. By default, those of the mean errors; lambda is then exact if the
+            derivatives of a pair's loss by its two errors have equal absolute values.
 
     Returns:
         The inner products `<a, W>` and `<a, L>` of three gradients, each `(B,)`. `a` is the gradient of the batch's
@@ -184,16 +182,15 @@ def output_scale(
     Args:
         winner_residual, loser_residual, branch_gradients: See [`output_products`].
         mu (`float`): Strictness in `[0, 1]`. A larger value makes lambda smaller.
-        granularity (`str`): `"batch"` computes one lambda from sums over all pairs. `"pair"` computes one lambda for
-            each pair. `"weighted"` computes one lambda like `"batch"`, but callers must pass `branch_gradients` for
-            every loss. `"noise_bin"` computes one lambda for each noise bin, from sums over the bin's pairs.
-        eps (`float`): Number that is added to the inner product `<a, L>`, see [`loser_scale`].
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
-            lambda, in `[0, 1]`. `branch_gradients` must contain these factors. Pairs with the weight 0 do not
-            contribute to lambda.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. `branch_gradients` must
-            contain these factors. Pairs with the weight 0 do not contribute to lambda. Without `branch_gradients`,
-            weights above 0 have no effect.
+        granularity (`str`): `"batch"` computes one lambda from sums over all pairs, `"pair"` one for each pair,
+            `"noise_bin"` one for each noise bin from sums over its pairs. `"weighted"` is like `"batch"`, but needs
+            `branch_gradients` for every loss.
+        eps (`float`): Added to the inner product `<a, L>`, see [`loser_scale`].
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients besides lambda, in
+            `[0, 1]`, also in `branch_gradients`. Pairs with 0 do not count in lambda.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses, also in
+            `branch_gradients`. Pairs with 0 do not count in lambda. Without `branch_gradients`, weights above 0 have no
+            effect.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
             `[0, num_noise_bins)`.
         num_noise_bins (`int`): Number of noise bins.
@@ -212,15 +209,13 @@ def output_scale(
         if branch_gradients is None:
             dot = dot * loser_weights
     if granularity == "pair":
-        # Rescale the products to gradients of each pair's own error, so that the effect of `eps` does not depend on the
-        # batch size.
+        # To gradients of each pair's own error: the effect of `eps` must not depend on the batch size.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "noise_bin":
         assert noise_bins is not None
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
         sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
-        # Rescale the products to gradients of each bin's mean error, so that the effect of `eps` does not depend on the
-        # batch size.
+        # To gradients of each bin's mean error: the effect of `eps` must not depend on the batch size.
         sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2
         return loser_scale(sums[0], sums[1], mu, shift)[noise_bins]  # (num_noise_bins,) -> (B,)
     else:

@@ -19,16 +19,15 @@ class BudgetController:
     """Proportional controller that scales the losers' gradients in each noise bin, to limit the winners' errors.
 
     Let `c` be the relative change of the winners' error in a bin since the start of training, and `b` the budget. Each
-    measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
-    as 0: the bin's pairs train only their winners until the winners' error is within the budget again. If a bin with
-    the scale 0 still exceeds the budget, losers of other bins may raise the errors of this bin, because all bins share
-    the model's weights. Each measurement then multiplies the scales of all other bins by this bin's factor, or by their
-    own factor if that is smaller.
+    measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts as
+    0: the bin trains only winners until it is within the budget again. If it still exceeds the budget, losers of other
+    bins may raise its errors, because all bins share the model's weights; each measurement then multiplies the scales
+    of all others by this bin's factor, or by their own if that is smaller.
 
     Args:
         budget (`float`): Largest relative change of the winners' error, greater than 0.
         num_noise_bins (`int`): Number of noise bins.
-        device (`torch.device`): Device of the scales. Only `state` copies tensors from this device to the CPU.
+        device (`torch.device`): Device of the scales. Only `state` copies tensors from it to the CPU.
 
     Example:
 

@@ -1,2 +1,2 @@
-"""Functions that load, wrap and freeze networks, and second copies of the weights: the reference and the averaged
+"""Networks and their weights: loading, wrapping, freezing, and the second copies: the reference and the averaged
 weights."""

@@ -1,4 +1,4 @@
-"""Functions that add, find, copy and check the LoRA of a denoiser."""
+"""Add, find, copy and check the LoRA of a denoiser."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
 _OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
-# Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
-# modules, also with one `.*`, or with the `^` that diffusers puts before the names in `rank_pattern`.
+# Settings of a LoRA that PEFT matches as regular expressions, and the strings that match quickly: names of modules,
+# also with one `.*`, or with the `^` that diffusers puts before those in `rank_pattern`.
 _PATTERNS = (
     "target_modules",
     "exclude_modules",
@@ -53,8 +53,8 @@ ZERO_STARTS = (True, "gaussian")
 def lora_config(model_args: ModelConfig) -> LoraConfig | None:
     """Return the LoRA that TRL's options describe, or `None` without `use_peft`.
 
-    A single name in `lora_target_modules` stays a name. TRL hands it to PEFT as a regular expression for whole paths,
-    which no module would match.
+    A single name in `lora_target_modules` stays a name. TRL makes it a regular expression for whole paths, which no
+    module would match.
     """
     from trl import get_peft_config  # imported late because it takes seconds
 
@@ -69,7 +69,7 @@ def lora_config(model_args: ModelConfig) -> LoraConfig | None:
 
 
 def unwrap_peft_model(model: nn.Module) -> nn.Module:
-    """Return the denoiser inside a [`~peft.PeftModel`], with its adapters. Return any other module unchanged."""
+    """Return the denoiser inside a [`~peft.PeftModel`], with its adapters, or another module unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -91,8 +91,8 @@ def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights and buffers of a denoiser except the adapters' weights and buffers, under the names that they
-    have in a denoiser without adapters."""
+    """Return the weights and buffers of a denoiser without its adapters', under the names of a denoiser without
+    adapters."""
     adapted = {name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     tensors = {}
     for name, tensor in module.state_dict().items():
@@ -123,8 +123,8 @@ def active_adapter(denoiser: Any) -> str | None:
 
 
 def check_adapter_weight(denoiser: Any, name: str) -> None:
-    """Raise `ValueError` if the adapter `name` is switched off or has another weight than 1, because a LoRA file cannot
-    store a weight."""
+    """Raise `ValueError` if the adapter `name` is switched off, or has another weight than 1, which a LoRA file cannot
+    store."""
     rank_stabilized = lora_configs(denoiser)[name].use_rslora
     for layer in adapter_layers(denoiser):
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
@@ -147,23 +147,23 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
     Args:
         denoiser (`nn.Module`): Denoiser without adapters.
-        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA, in which `target_modules` may be `None`. The
-            object is copied, not changed.
+        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA; `target_modules` may be `None`. It is copied, not
+            changed.
         default_targets (`tuple[str, ...]`): `target_modules` to use if the configuration has none.
-        seed (`int`): Seed of the random initialization. The seed must be equal in all processes.
+        seed (`int`): Seed of the random initialization, equal in all processes.
 
     Returns:
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
-            or if its `target_modules` match nothing or a text encoder.
+        `ValueError`: If the denoiser already has an adapter, or the configuration is not of a supported LoRA, or its
+            `target_modules` match nothing or a text encoder.
     """
     if active_adapter(denoiser) is not None:
         raise UserError(
             "`peft_config` adds a LoRA to a model without one, but the model already has the adapter "
-            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to train this adapter further, or fuse the adapter "
-            "into the model first."
+            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to train it further, or fuse it into the model "
+            "first."
         )
     config = copy.deepcopy(_check_lora(peft_config))
     if config.init_lora_weights not in ZERO_STARTS:
@@ -188,7 +188,7 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
 
 def train_only_adapter(denoiser: nn.Module, name: str) -> None:
-    """Freeze all weights of a denoiser except those of the adapter `name`, and cast this adapter to float32."""
+    """Freeze all weights of a denoiser except those of the adapter `name`, and cast it to float32."""
     denoiser.requires_grad_(False)
     set_adapter(denoiser, name)
     cast_training_params(denoiser, dtype=torch.float32)
@@ -206,7 +206,7 @@ def copy_adapter(denoiser: Any, source: str, target: str) -> None:
 
 
 def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
-    """Cast the adapter `target` to the dtypes of the adapter `source`, so that the two adapters round equally."""
+    """Cast the adapter `target` to the dtypes of `source`, so that the two round equally."""
     for layer in adapter_layers(denoiser):
         for layer_name in layer.adapter_layer_names:
             modules = getattr(layer, layer_name)
@@ -256,8 +256,8 @@ def check_stored_lora(
         file (`str` or `os.PathLike`): File of the settings, for the error message.
 
     Raises:
-        `ValueError`: If there are no tensors, or if the settings name code to import, contain a regular expression, or
-            have a rank or an alpha that cannot be right.
+        `ValueError`: If there are no tensors, or the settings name code to import, contain a regular expression, or
+            have an impossible rank or alpha.
     """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if not largest:
@@ -315,8 +315,8 @@ def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
 
 
 def freeze(name: str, component: nn.Module) -> None:
-    """Freeze a component of a pipeline and put it into evaluation mode. Raise `ValueError` if the component has an
-    adapter with trainable weights."""
+    """Freeze a component of a pipeline and put it into evaluation mode. Raise `ValueError` if it has an adapter with
+    trainable weights."""
     parts = [getattr(layer, kind) for layer in adapter_layers(component) for kind in layer.adapter_layer_names]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         raise UserError(

@@ -18,9 +18,9 @@ from ..utils.errors import UserError
 class DenoiserWrapper(nn.Module):
     """A diffusers denoiser that [`~transformers.Trainer`] can train.
 
-    Calls pass through unchanged. The wrapper hides the diffusers model's `config`, because trackers call
-    `config.to_json_string()` and a diffusers `config` is a dictionary without this method. The wrapper also translates
-    the Trainer's calls for activation checkpointing to `enable_gradient_checkpointing` of diffusers.
+    Calls pass through unchanged. It hides the model's `config`, a dictionary in diffusers, on which trackers would call
+    `to_json_string()`, and translates the Trainer's calls for activation checkpointing to diffusers'
+    `enable_gradient_checkpointing`.
     """
 
     accepts_loss_kwargs = False  # so that the Trainer divides the loss, a mean over pairs, by the accumulation steps
@@ -35,8 +35,8 @@ class DenoiserWrapper(nn.Module):
     def train(self, mode: bool = True) -> DenoiserWrapper:
         """Put every module into training or evaluation mode.
 
-        The Trainer calls this method before every forward pass. If wrapper and denoiser already are in this mode, the
-        method returns at once, because assigning the mode to a thousand modules is slow.
+        The Trainer calls it before every forward pass. It returns at once if nothing changes, because setting the mode
+        of a thousand modules is slow.
         """
         if self.training is mode and self.denoiser.training is mode:
             return self
@@ -44,8 +44,8 @@ class DenoiserWrapper(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Class names of the blocks that FSDP shards as units. accelerate reads this attribute, and accepts only
-        classes that occur in the model."""
+        """Class names of the blocks that FSDP shards as units, for accelerate, which accepts only classes that occur in
+        the model."""
         present = {type(module).__name__ for module in self.denoiser.modules()}
         return [name for name in block_names(self.denoiser) if name in present]
 
@@ -58,11 +58,11 @@ class DenoiserWrapper(nn.Module):
         """Turn on activation checkpointing.
 
         Args:
-            activation_checkpointing_kwargs (`dict`, *optional*): Arguments of `torch.utils.checkpoint.checkpoint`. If
-                unset, the defaults of diffusers are used.
+            activation_checkpointing_kwargs (`dict`, *optional*): Arguments of `torch.utils.checkpoint.checkpoint`, by
+                default those of diffusers.
 
         Raises:
-            `ValueError`: If `every_n_layers` or `offload` is set, because diffusers models support neither.
+            `ValueError`: If `every_n_layers` or `offload` is set: diffusers models support neither.
         """
         if every_n_layers != 1 or offload:
             raise UserError(
@@ -84,9 +84,8 @@ class DenoiserWrapper(nn.Module):
 class _WithMask:
     """Checkpointing function that passes the attention mask to all blocks of a Chroma denoiser.
 
-    Under activation checkpointing, diffusers passes the attention mask only to the blocks that process image and text
-    in two streams. Predictions would therefore differ from predictions without checkpointing. This class can be removed
-    when diffusers passes the mask to all blocks.
+    Under activation checkpointing, diffusers passes the mask only to the blocks that process image and text in two
+    streams, which changes predictions. This class can go when diffusers passes it to all blocks.
     """
 
     def __init__(self, function: Callable[..., Any]):

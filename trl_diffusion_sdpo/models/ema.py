@@ -15,8 +15,7 @@ EMA_ADAPTER = "ema"
 class EMAWeights(WeightCopy):
     """Exponential moving average of the policy's trained weights.
 
-    If a LoRA (`adapter`) trains, the averaged weights are a second LoRA on the same denoiser. In full tuning, the
-    averaged weights are a second denoiser.
+    It is a second LoRA on the same denoiser if a LoRA (`adapter`) trains, and a second denoiser in full tuning.
 
     Args:
         decay (`float`): Decay in `average = decay * average + (1 - decay) * weights`, in `(0, 1)`.
@@ -34,15 +33,14 @@ class EMAWeights(WeightCopy):
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:
-        """Update the averaged weights after optimizer step number `step` (the first step is 1). All processes must call
-        this method."""
+        """Update the averaged weights after optimizer step number `step` (the first is 1). Call it in all processes."""
         self.update(1 - ema_decay(step, self.decay))
 
 
 def ema_decay(step: int, max_decay: float) -> float:
     """Return the decay of the moving average after optimizer step `step`: the weight of the old average.
 
-    The decay is `min(max_decay, (1 + step) / (10 + step))`, as in diffusers' `EMAModel`. Steps count from 1. With a
-    constant decay near 1, the average of a short run would consist mostly of the initial weights.
+    It is `min(max_decay, (1 + step) / (10 + step))`, as in diffusers' `EMAModel`, for steps from 1. With a constant
+    decay near 1, the average of a short run would be mostly the initial weights.
     """
     return min(max_decay, (1 + step) / (10 + step))

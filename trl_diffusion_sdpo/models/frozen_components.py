@@ -1,6 +1,6 @@
 """VAE and text encoders of a pipeline, which are never trained.
 
-VAE and text encoders stay on the accelerator, or are on the accelerator only while they encode.
+They stay on the accelerator, or are there only while they encode.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE o
 class FrozenComponents:
     """Holds a shallow copy of the user's pipeline, with VAE and text encoders in the dtypes that training needs.
 
-    VAE and text encoders are in one of three states. Within the context `in_use`, VAE and text encoders always have
-    weights and are on the device:
+    They are in one of three states. Within the context `in_use`, they always have weights and are on the device:
 
     | state | outside `in_use` | on entering `in_use` | on leaving |
     |---|---|---|---|
@@ -47,8 +46,7 @@ class FrozenComponents:
     | `"offloaded"` | on the CPU, in pinned memory | copied to the device asynchronously | the copies are deleted |
     | `"absent"` | on the meta device, without weights | loaded from disk | freed from memory |
 
-    Components whose dtype does not change are shared with the user's pipeline. Moving a shared component to `device` or
-    to the CPU therefore also moves it in the user's pipeline. Components whose dtype changes are copied.
+    Components whose dtype changes are copied. The others are shared with the user's pipeline, and move there too.
 
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on
@@ -58,8 +56,8 @@ class FrozenComponents:
         vae_encode_batch_size (`int`, *optional*): Number of images in one call of the VAE.
         guidance_scale (`float`, *optional*): Guidance scale that the denoiser receives, if it has such an input.
         offload (`bool`): Whether to use the state `"offloaded"` for components that have weights.
-        load (`Callable`, *optional*): Function that loads a pipeline with the weights of VAE and text encoders, for the
-            state `"absent"`.
+        load (`Callable`, *optional*): Loads a pipeline with the weights of VAE and text encoders, for the state
+            `"absent"`.
 
     Raises:
         `ValueError`: If two different prompts give equal encodings, or if components are quantized and `offload` is
@@ -98,13 +96,13 @@ class FrozenComponents:
         self._is_within = False
         self._was_read = False
         hide_truncation_warnings(self.family)
-        if self.state != "absent":  # absent components are checked after they are loaded for the first time
+        if self.state != "absent":  # absent components are checked when they are first loaded
             with self.in_use() as working:
                 check_text_encoding(working)
 
     def in_use(self) -> contextlib.AbstractContextManager[Family]:
-        """Return a context in which VAE and text encoders are on the device. The context yields the family object that
-        calls VAE and text encoders. Contexts may be nested."""
+        """Return a context in which VAE and text encoders are on the device. It yields the family object that calls
+        them, and may be nested."""
         if self.state == "on device" or self._is_within:
             return contextlib.nullcontext(self.family)
         return self._copied() if self.state == "offloaded" else self._read()
@@ -128,12 +126,12 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Family]:
-        """Load absent components from disk, and free the components when the context ends. Loading does not change the
-        state of the CPU's random number generator."""
+        """Load absent components from disk, and free them when the context ends. The CPU's random state does not
+        change."""
         if self._load is None:
             raise UserError(
-                "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
-                "meta device, without weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
+                "Training needs the weights of the pipeline's VAE and text encoders, but they are on the meta device, "
+                "without any. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
             )
         start = time.monotonic()
         pipeline = self.family.pipeline
@@ -151,8 +149,8 @@ class FrozenComponents:
             if not self._was_read:
                 self._was_read = True
                 logger.info(
-                    "Loaded VAE and text encoders in %.1f s. Both are freed after each use, and loaded again for the "
-                    "next use.",
+                    "Loaded VAE and text encoders in %.1f s. They are freed after each use, and loaded again for the "
+                    "next.",
                     time.monotonic() - start,
                 )
                 check_text_encoding(self.family)
@@ -184,8 +182,8 @@ class FrozenComponents:
 def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return copies of tensors in pinned CPU memory.
 
-    PyTorch rounds each allocation of pinned memory up to a power of two, so a tensor that is allocated alone can take
-    twice its size. Therefore the copies lie one after the other in a few large buffers.
+    PyTorch rounds each allocation of pinned memory up to a power of two, so a tensor alone can take twice its size. The
+    copies lie one after the other in a few large buffers instead.
     """
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     capacity = 1 << (max([PINNED_BUFFER, *sizes]) - 1).bit_length()
@@ -202,7 +200,7 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def pinned_bytes(size: int) -> torch.Tensor:
-    """Return an empty tensor of `size` bytes in pinned memory. Tests replace this function."""
+    """Return an empty tensor of `size` bytes in pinned memory. Tests replace it."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
@@ -211,10 +209,9 @@ def working_pipeline(
 ) -> DiffusionPipeline:
     """Return a copy of the family's pipeline whose VAE and text encoders have the dtype and the device of training.
 
-    The copy shares the denoiser, and components whose dtype does not change, with the family's pipeline. Components
-    whose dtype changes are copied, so that the user's pipeline is not rounded. Components on the meta device stay on
-    the meta device. The weights of the VAE's convolutions are stored in the channels-last layout, even if the VAE is
-    shared.
+    It shares the denoiser, and components whose dtype does not change, with the family's pipeline; the others are
+    copied, so that the user's pipeline is not rounded. What is on the meta device stays there. The VAE's convolutions
+    get the channels-last layout, even if the VAE is shared.
     """
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
@@ -225,7 +222,7 @@ def working_pipeline(
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
             part = part if _text_overflows(part, half_dtype) else cast_copy(part, half_dtype)
         there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}
-        # Do not call `to` on components that are already on the device, because `to` raises for 8-bit networks.
+        # Not for components that are already on the device: `to` raises for 8-bit networks.
         working.register_modules(**{name: part if there or is_absent(part) else part.to(device)})
     return working
 
@@ -244,8 +241,8 @@ def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
-    """Return whether a network's configuration names a quantization, or some of the network's weights are not
-    floating-point numbers."""
+    """Return whether a network's configuration names a quantization, or some of its weights are not floating-point
+    numbers."""
     stated = getattr(part.config, "quantization_config", None) is not None
     return stated or not all(weight.is_floating_point() for weight in part.parameters())
 
@@ -253,10 +250,9 @@ def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
 def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
     if _is_quantized(part):
         raise UserError(
-            "`offload_frozen_components` and `precompute_latents` cannot move quantized components, because quantized "
-            f"weights must stay together with their scales. `{name}` is quantized. Leave both settings out. With "
-            "`precompute_latents`, you can also pass the model as a Hub id or folder, because its components are then "
-            "freed instead of moved."
+            f"`offload_frozen_components` and `precompute_latents` cannot move quantized components such as `{name}`: "
+            "their weights must stay with their scales. Leave both settings out, or with `precompute_latents` pass the "
+            "model as a Hub id or folder, whose components are freed instead."
         )
 
 
@@ -272,8 +268,8 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """Return the VAE in the dtype `wanted`, or in a suitable dtype if `wanted` is `"auto"`. The VAE is copied if its
-    dtype changes. A VAE can overflow only in float16, because bfloat16 has the range of float32."""
+    """Return the VAE in the dtype `wanted`, or in a suitable one for `"auto"`, as a copy if its dtype changes. It can
+    overflow only in float16, because bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":
@@ -288,8 +284,8 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
     vae = cast_copy(vae, dtype)
     if forced:
         logger.warning(
-            "`vae_dtype='float16'` is used although the VAE's configuration says that it overflows (`%s`). If latents "
-            "are not finite, the run stops. Use 'auto' or 'bfloat16'.",
+            "`vae_dtype='float16'` overflows according to the VAE's configuration (`%s`), and the run stops if latents "
+            "are not finite. Use 'auto' or 'bfloat16'.",
             OVERFLOWS,
         )
         vae.register_to_config(**{OVERFLOWS: False})  # if True, diffusers would encode in float32

@@ -1,4 +1,4 @@
-"""Functions that load the user's `model` as a pipeline with its model family, and `ref_model` as a denoiser."""
+"""Load the user's `model` as a pipeline with its model family, and `ref_model` as a denoiser."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from .numerics import align_weights, torch_dtype
 from .pipelines import as_text_to_image, load_denoiser, load_encoders, load_pipeline
 from .single_file import is_single_file
 
-# Entries of `model_init_kwargs` that also apply to the reference, because they are about dtype, access to the Hub, kind
-# of files or memory, and not about one particular model.
+# Entries of `model_init_kwargs` that also apply to the reference: dtype, access to the Hub, kind of files, memory.
 SHARED_OPTIONS = (
     "dtype",
     "variant",
@@ -39,8 +38,7 @@ SHARED_OPTIONS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model family object, which contains the pipeline whose denoiser trains, and the Hub ids and folders from
-    which the pipeline was loaded."""
+    """The model family object, with the pipeline whose denoiser trains, and where it was loaded from."""
 
     family: Family
     name_or_path: str | None  # Hub id or folder of the pipeline; `None` for a pipeline object without one
@@ -79,14 +77,13 @@ def load_model(
     denoiser: bool = True,
     denoiser_folder: str | None = None,
 ) -> LoadedModel:
-    """Return the user's `model` as a pipeline with its model family. If `model` is a Hub id or folder, load the
-    pipeline from there.
+    """Return the user's `model` as a pipeline with its model family, loaded if it is a Hub id or folder.
 
     Args:
         model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser. The
             denoiser may be inside a [`~peft.PeftModel`].
-        processing_class (`DiffusionPipeline`, *optional*): Pipeline whose VAE, text encoders and scheduler are used if
-            `model` is a denoiser. The `processing_class` itself is not changed.
+        processing_class (`DiffusionPipeline`, *optional*): Pipeline with VAE, text encoders and scheduler for a `model`
+            that is a denoiser. It is not changed.
         model_init_kwargs (`dict`, *optional*): Arguments of `from_pretrained` for a Hub id or folder. `dtype` may be a
             string.
         quantization_config (*optional*): Quantization of the denoiser's frozen weights, for a Hub id or folder.
@@ -98,7 +95,7 @@ def load_model(
         denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 
     Raises:
-        `ValueError`: If `model` is of another type, or if an argument does not apply to this type.
+        `ValueError`: If `model` is of another type, or an argument does not apply to its type.
     """
     loaded = _resolve(
         model,
@@ -124,20 +121,19 @@ def load_reference(
     denoiser_folder: str | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return the denoiser of `ref_model`. If `ref_model` is a Hub id or folder, only the denoiser is loaded from it.
+    """Return the denoiser of `ref_model`, the only part that is loaded from a Hub id or folder.
 
     Args:
-        policy ([`LoadedModel`]): The policy. The policy's dtype is the default for the reference, and the policy's
-            pipeline is used if `ref_model` is a denoiser.
-        model_init_kwargs (`dict`, *optional*): Arguments with which the policy was loaded. If `ref_model` is a Hub id
-            or folder, the arguments in [`SHARED_OPTIONS`] also apply to the reference. `config` also applies if both
-            models are single files. `revision` never applies, because it belongs to the policy's repository.
-        ref_model_init_kwargs (`dict`, *optional*): Arguments that override `model_init_kwargs` if `ref_model` is a Hub
-            id or folder.
+        policy ([`LoadedModel`]): The policy. Its dtype is the default for the reference, and its pipeline serves a
+            `ref_model` that is a denoiser.
+        model_init_kwargs (`dict`, *optional*): Arguments of the policy. Those in [`SHARED_OPTIONS`] also apply to a
+            reference that is loaded, and `config` if both are single files; `revision` belongs to the policy's
+            repository and never does.
+        ref_model_init_kwargs (`dict`, *optional*): Arguments that override `model_init_kwargs`, for a Hub id or folder.
         denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 
     Raises:
-        `ValueError`: If `ref_model` is of another type, or if an argument does not apply to a denoiser.
+        `ValueError`: If `ref_model` is of another type, or an argument does not apply to a denoiser.
     """
     if isinstance(ref_model, (str, Path)):
         shared = {key: value for key, value in (model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
@@ -165,9 +161,9 @@ def _resolve(
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise UserError(
-            "`processing_class` is only used if `model` is a UNet or transformer. Here `model` is a whole pipeline, "
-            f"and `processing_class` is a {type(processing_class).__name__}. Leave `processing_class` out, or put its "
-            "components into the pipeline."
+            "`processing_class` is only for a `model` that is a UNet or transformer. Here `model` is a whole pipeline, "
+            f"and `processing_class` a {type(processing_class).__name__}. Leave it out, or put its components into the "
+            "pipeline."
         )
     if isinstance(model, (str, Path)):
         options = dict(model_init_kwargs or {})

@@ -1,4 +1,4 @@
-"""Find out why diffusers could not load a pipeline, and write an error message about it."""
+"""Find out why diffusers could not load a pipeline, and say it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
     Args:
         name_or_path (`str`): Folder or Hub id of the pipeline. A Hub id is not checked.
         index (`Mapping`): The pipeline's `model_index.json`.
-        passed: Names of components that the caller passes as objects. The folder may lack these components.
+        passed: Names of components that the caller passes as objects and the folder may lack.
     """
     for name, entry in index.items() if os.path.isdir(name_or_path) else ():
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or None in entry or name in passed:
@@ -44,8 +44,8 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
 
 
 def what_is_wrong(name_or_path: str) -> str:
-    """Return a message that says what is wrong with a pipeline's weight files and what to do about it. For a Hub id,
-    this function examines the files in the local cache of the Hub."""
+    """Return what is wrong with a pipeline's weight files and what to do about it. For a Hub id, these are the files in
+    the local cache."""
     folder = _folder_of(name_or_path)
     files = sorted(folder.glob("*/*.safetensors")) if folder is not None else []
     for file in files:
@@ -56,7 +56,7 @@ def what_is_wrong(name_or_path: str) -> str:
         missing = _missing_shards(listing)
         if missing:
             return f"{listing.parent} lacks {len(missing)} of its weight files, such as {missing[0]}. {_AGAIN}"
-    # Pickled weights beside safetensors files do no harm, because they are not read.
+    # Pickled weights beside safetensors files do no harm: they are not read.
     read = {file.parent for file in files}
     pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
     pickled = [file for file in pickled if file.parent not in read]

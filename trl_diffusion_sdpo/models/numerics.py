@@ -1,5 +1,4 @@
-"""Dtypes and memory layouts of weights and inputs. Policy and reference round equally only if their layouts are
-equal."""
+"""Dtypes and memory layouts of weights and inputs. Policy and reference round equally only with equal layouts."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and convolution layers to autocast's dtype.
 
-    The cast saves memory and does not change results, because autocast would cast these weights at every use. Norms and
-    embeddings are not cast, because autocast does not cast them either.
+    That saves memory and does not change results: autocast would cast these weights at every use, and norms and
+    embeddings at none.
     """
     for layer in module.modules():
         if isinstance(layer, AUTOCAST_LAYERS):
@@ -55,8 +54,8 @@ def align_weights(module: nn.Module) -> None:
     memory.
 
     Weights that are memory-mapped from a safetensors file may start at any address. On a CPU, the rounding of matrix
-    products depends on the alignment of the address. Without this function, the predictions of a memory-mapped policy
-    and of its copy would differ in the last bit.
+    products depends on the alignment of the address. The predictions of a memory-mapped policy and of its copy would
+    differ in the last bit.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
@@ -66,9 +65,8 @@ def align_weights(module: nn.Module) -> None:
 def store_channels_last(module: nn.Module) -> None:
     """Store the weights of a module's 2D convolutions in the channels-last layout, in place.
 
-    Convolutions then compute in this layout, which makes a VAE faster. Values and shapes stay the same. The trainer
-    does not convert UNets, because their training steps did not get faster (they took 0.97 to 1.05 times as long on a
-    CPU).
+    Convolutions then compute in this layout, which makes a VAE faster. Values and shapes stay the same. UNets are left
+    alone: their training steps did not get faster (0.97 to 1.05 times as long on a CPU).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -78,10 +76,9 @@ def store_channels_last(module: nn.Module) -> None:
 def read_contiguous(modules: Iterable[nn.Module]) -> None:
     """Make the linear layers among `modules` copy each input that is not contiguous in memory before they use it.
 
-    PyTorch computes a linear layer in one of two ways, which round differently. If the layer's weight trains, PyTorch
-    computes one large matrix product. If the weight is frozen or gradients are off, and the rows of the input are not
-    adjacent in memory, PyTorch computes a batch of smaller products to avoid a copy. Without this function, a policy
-    and its frozen reference would differ before the first step.
+    PyTorch computes a linear layer in one of two ways, which round differently: one large matrix product if the weight
+    trains, or, if it is frozen or gradients are off and the rows of the input are not adjacent in memory, a batch of
+    smaller products to avoid a copy. A policy and its frozen reference would differ before the first step.
     """
     for layer in modules:
         if isinstance(layer, nn.Linear) and _contiguous not in forward_pre_hooks(layer):

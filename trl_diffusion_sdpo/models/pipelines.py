@@ -48,8 +48,7 @@ DENOISER_OPTIONS = (
 
 
 def as_text_to_image(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
-    """Return a pipeline of the family's text-to-image class with the components of the given pipeline. A pipeline that
-    already has this class is returned unchanged."""
+    """Return the pipeline, or one of the family's text-to-image class with its components."""
     family = family_for_class_name(type(pipeline).__name__)
     if type(pipeline).__name__ == family.pipeline_classes[0]:
         return pipeline
@@ -73,22 +72,21 @@ def load_pipeline(
 ) -> diffusers.DiffusionPipeline:
     """Load a pipeline that a model family can train.
 
-    Only safetensors files are read for weights, and code from the model's repository is never run. The pipeline's class
-    is checked before any weights are read. If the pipeline was saved as another class of the family, such as
-    image-to-image, it is loaded as the family's text-to-image class.
+    Weights come from safetensors files only, code from the model's repository is never run, and the pipeline's class is
+    checked before any weights are read. Another class of the family, such as image-to-image, is loaded as its
+    text-to-image class.
 
     Args:
         name_or_path (`str` or `os.PathLike`): Folder saved by diffusers, single safetensors file, or Hub id.
         dtype (`torch.dtype`): Dtype of all components.
         revision, variant, token (*optional*): Arguments of diffusers' `from_pretrained`.
         denoiser_quantization (*optional*): A quantization configuration of diffusers for the denoiser. Weights are
-            quantized while they are read, so they are never in memory in full precision.
-        encoders (`bool`): Whether to load the weights of VAE and text encoders. If `False`, these components are built
-            on the meta device from their configurations, and [`load_encoders`] can load them later. Components that are
-            passed in `from_pretrained` are used unchanged.
+            quantized while they are read.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders. If not, they are built on the meta
+            device, for [`load_encoders`] to load later. Components in `from_pretrained` are used unchanged.
         denoiser (`bool`): Whether to load the denoiser's weights. If `False`, the denoiser is on the meta device.
-        denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. The
-            denoiser in this subfolder replaces the pipeline's own denoiser, and must have the same class.
+        denoiser_folder (`str` or `os.PathLike`, *optional*): Folder whose subfolder `unet` or `transformer` replaces
+            the pipeline's own denoiser, of the same class.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`, such as components and
             `cache_dir`.
 
@@ -129,7 +127,7 @@ def load_pipeline(
 def load_encoders(
     family: Family, name_or_path: str | os.PathLike, **from_pretrained: Any
 ) -> diffusers.DiffusionPipeline:
-    """Load the pipeline of `family` again, with VAE and text encoders, if it was loaded without these components.
+    """Load the pipeline of `family` again with VAE and text encoders, if it was loaded without them.
 
     Args:
         family (`Family`): Family whose denoiser the returned pipeline uses. No denoiser is read from disk.
@@ -143,8 +141,7 @@ def load_encoders(
 def _read_pipeline(
     pipeline_class: Any, name_or_path: str, base: str, options: dict[str, Any]
 ) -> diffusers.DiffusionPipeline:
-    """Load a pipeline from a folder, the Hub or a single file. For a single file, the configuration comes from the
-    pipeline `base`."""
+    """Load a pipeline from a folder, the Hub or a single file, whose configuration comes from the pipeline `base`."""
     if not is_single_file(name_or_path):
         with _safetensors_only(name_or_path):
             return pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
@@ -187,7 +184,7 @@ def load_denoiser(
     if unknown:
         raise UserError(
             f"A denoiser can be loaded with the options {', '.join(DENOISER_OPTIONS)} and dtype. Got also "
-            f"{', '.join(unknown)}. Leave out these options, or pass a loaded pipeline."
+            f"{', '.join(unknown)}. Leave these out, or pass a loaded pipeline."
         )
     index = _index_of(name_or_path, base, **from_pretrained)
     family = family_for_class_name(index[CLASS])
@@ -213,8 +210,8 @@ def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, A
     taken = options.keys() & {"quantization_config", family.denoiser_name}
     if taken:
         raise UserError(
-            "Only one quantization configuration can apply to the denoiser. Got a quantization configuration for the "
-            f"denoiser, and also the option `{min(taken)}`. Pass only one of the two."
+            f"Only one quantization configuration can apply to the denoiser, got one and the option `{min(taken)}`. "
+            "Pass one of the two."
         )
     mapping = {family.denoiser_name: quantization}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
@@ -276,8 +273,8 @@ def _component_class(
 ) -> type[Any]:
     """Return the class that a pipeline's `model_index.json` names for a component.
 
-    Only classes in the libraries of `bases` (diffusers or transformers) and in the family's package are imported,
-    because the file may come from an untrusted repository.
+    Only classes of the libraries of `bases` (diffusers or transformers) and of the family's package are imported: the
+    file may come from an untrusted repository.
     """
     library, class_name = _entry(index, component)
     libraries = {base.__module__.partition(".")[0] for base in bases}

@@ -25,12 +25,12 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference(WeightCopy):
-    """Base class of references. By default, a reference is the policy as it was before training. The reference's
-    predictions are rounded exactly as the policy's predictions."""
+    """Base class of references. By default, a reference is the policy as it was before training. It rounds exactly as
+    the policy does."""
 
     kind: str  # name of the kind of reference in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
-    # Whether batches contain the reference's errors, so that the reference does not predict during training.
+    # Whether batches contain the reference's errors, so that it does not predict during training.
     is_precomputed = False
 
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
@@ -44,8 +44,8 @@ class NoReference(Reference):
 
 
 class AdapterOffReference(Reference):
-    """The policy with its LoRA switched off. If the LoRA is new, the denoiser without it is exactly the policy before
-    training. Switching the LoRA off takes no memory."""
+    """The policy with its LoRA switched off, which takes no memory. If the LoRA is new, that is exactly the policy
+    before training."""
 
     kind = "adapter_off"
 
@@ -54,10 +54,10 @@ class AdapterOffReference(Reference):
 
 
 class SecondAdapterReference(Reference):
-    """A second LoRA on the policy's denoiser. The second LoRA has the weights of the policy's LoRA at the start of
-    training, or the weights of the last update of the reference (`sync_ref_model`).
+    """A second LoRA on the policy's denoiser, with the weights of the policy's LoRA at the start of training or of the
+    last update (`sync_ref_model`).
 
-    Checkpoints contain the second LoRA even if it never changes, because the initial LoRA may be stored nowhere else.
+    Checkpoints contain it even if it never changes, because the initial LoRA may be stored nowhere else.
     """
 
     kind = "ref_adapter"
@@ -71,7 +71,7 @@ class FrozenReference(Reference):
 
     Args:
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast, to which most weights are cast once; see
-            [`SecondDenoiser`]. Ignored if `follows` is set.
+            [`SecondDenoiser`]. Not with `follows`.
 
     Raises:
         `ValueError`: If the reference has another architecture than the policy.
@@ -109,13 +109,12 @@ class PolicyReference(Reference):
 
 
 class PrecomputedReference(Reference):
-    """A reference that predicts only before training, within the context `predicting`. During training, batches contain
-    the errors of these predictions.
+    """A reference that predicts only before training, within the context `predicting`. Training reads the errors from
+    the batches.
 
     Args:
-        source ([`Reference`]): Reference that makes the predictions: the user's model, the base model without a new
-            LoRA, or the policy.
-        tensors (`Callable`): Function that returns, by name, all weights on which the predictions depend.
+        source ([`Reference`]): What predicts: the user's model, the base model without a new LoRA, or the policy.
+        tensors (`Callable`): Returns, by name, all weights on which the predictions depend.
     """
 
     kind = "errors"
@@ -129,8 +128,7 @@ class PrecomputedReference(Reference):
         self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
 
     def compile(self, backend: str | None, mode: str | None, *, by_block: bool) -> None:
-        """Compile the blocks of a reference that is a separate denoiser. A reference that shares the policy's denoiser
-        is compiled with the policy."""
+        """Compile the blocks of a separate denoiser. A reference that shares the policy's is compiled with it."""
         assert by_block, "A whole policy would be compiled only after the errors are computed."
         if self.module is not None:
             module: Any = self.module
@@ -153,8 +151,8 @@ class PrecomputedReference(Reference):
     def predicting(self, denoiser: nn.Module, engine: Engine) -> Iterator[None]:
         """Make the reference predict on the device within the context.
 
-        The engine must not have prepared the policy `denoiser` yet. The reference's weights are rounded as the engine
-        will round the policy.
+        The engine must not have prepared the policy `denoiser` yet. The reference rounds as the engine will round the
+        policy.
         """
         assert self._source is not None, "A released reference cannot predict."
         with self._source.active(denoiser) as module:
@@ -166,8 +164,7 @@ class PrecomputedReference(Reference):
                 self._module = None
 
     def release(self) -> None:
-        """Free the reference model before training. After this call, the reference's errors are read from the
-        batches."""
+        """Free the reference model before training. Its errors are then read from the batches."""
         self._source = self._tensors = self.module = None
 
 
@@ -187,17 +184,14 @@ def build_reference(
     """Return a reference of the kind that the arguments require.
 
     Args:
-        needed (`bool`): Whether the loss uses a reference. If the loss does not use a reference, the user's reference
-            is used for metrics only.
-        users_module (`nn.Module`, *optional*): Reference that the user passed. The function may round, shard or update
-            this module in place.
+        needed (`bool`): Whether the loss uses a reference. If not, the user's is for metrics only.
+        users_module (`nn.Module`, *optional*): The user's reference. It may be rounded, sharded or updated in place.
         shared (`bool`): Whether a copy of the policy first shares the policy's memory; see [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a new LoRA, which does not change the model's output yet.
         started_adapter (`str`, *optional*): Name of a LoRA that was loaded with the policy and is trained further.
         follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; see [`SecondDenoiser`].
-        precomputed (`bool`): Whether the reference's errors are computed before training, so that no copy of the policy
-            is needed.
+        precomputed (`bool`): Whether the reference's errors are computed before training, without a copy of the policy.
 
     Raises:
         `ValueError`: If the user's reference cannot be used.
@@ -205,8 +199,8 @@ def build_reference(
     if users_module is not None:
         if follows and adapter_layers(denoiser):
             raise UserError(
-                "If a LoRA trains, `sync_ref_model` uses a second LoRA as the reference, and the trainer creates this "
-                "LoRA itself. `ref_model` was passed too. Leave `ref_model` out."
+                "With a LoRA, `sync_ref_model` uses a second LoRA as the reference, which the trainer creates itself, "
+                "but got a `ref_model` too. Leave `ref_model` out."
             )
         frozen = FrozenReference(users_module, denoiser, engine, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, partial(_with_scalings, users_module)) if precomputed else frozen
@@ -262,8 +256,8 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
-    """Describe how `reference` differs from `policy` in class or in the names and shapes of tensors. Return `None` if
-    there is no difference. Adapters are ignored."""
+    """Describe how `reference` differs from `policy` in class or in the names and shapes of tensors, adapters aside, or
+    return `None`."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )

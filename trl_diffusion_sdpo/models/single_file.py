@@ -1,4 +1,4 @@
-"""Load models from a single `.safetensors` file in the original code's format. Diffusers converts this format."""
+"""Load models from a single `.safetensors` file in the original code's format, which diffusers converts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def is_single_file(name_or_path: str) -> bool:
 def configuration_of(name_or_path: str, config: str | None = None) -> str:
     """Return the folder or Hub id of the diffusers pipeline from which a model's configuration is read.
 
-    If the model is a folder or a Hub id, the result is the model itself. If the model is a single file, the result is
-    `config` or, if `config` is unset, the model that diffusers recognises by the names and shapes of the file's
-    tensors.
+    For a folder or a Hub id, that is the model itself; for a single file, `config`, or without it the model that
+    diffusers recognises by the names and shapes of the file's tensors.
     """
     if not is_single_file(name_or_path):
         if config is not None:

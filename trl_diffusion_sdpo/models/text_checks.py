@@ -1,7 +1,7 @@
 """Checks that the text of prompts reaches the model, and counts prompts that are too long.
 
-If a tokenizer's vocabulary is missing, all prompts are turned into the same tokens. Without these checks, training
-would then run without an error but ignore the prompts.
+Without a tokenizer's vocabulary, all prompts become the same tokens, and training would run without an error but ignore
+the prompts.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def check_text_encoding(family: Family) -> None:
         first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
         if first == second:
             raise UserError(
-                f"A tokenizer must turn different prompts into different tokens. The tokenizer of `{name}` turns both "
-                f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. The tokenizer's vocabulary is missing. Download the "
-                "tokenizer's folder again."
+                f"A tokenizer must turn different prompts into different tokens, but that of `{name}` turns both "
+                f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. Its vocabulary is missing. Download its folder again."
             )
     if family.takes_source:
         encoded = family.encode_edits(list(PROMPTS), [[Image.new("RGB", (256, 256))]] * len(PROMPTS))
@@ -55,9 +54,8 @@ def check_text_encoding(family: Family) -> None:
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
         raise UserError(
-            f"Encoded prompts must be finite. `{broken[0]}` of {PROMPTS[0]!r} is not finite. Either the text encoder "
-            "overflows in its dtype, or its weights are damaged. Load the text encoder in float32, or download it "
-            "again."
+            f"Encoded prompts must be finite, and `{broken[0]}` of {PROMPTS[0]!r} is not. The text encoder overflows "
+            "in its dtype, or its weights are damaged. Load it in float32, or download it again."
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
         raise UserError(
@@ -68,8 +66,8 @@ def check_text_encoding(family: Family) -> None:
 
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if the text encoder
-    has no tokenizer. A processor may contain the tokenizer."""
+    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if it has none. A
+    processor may contain it."""
     parts = family.pipeline.components
     other = parts.get("processor") if text_encoder == "text_encoder" else None
     tokenizer = parts.get(text_encoder.replace("text_encoder", "tokenizer"), other)
@@ -78,16 +76,16 @@ def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase 
 
 
 def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
-    """Return a note for the data report on the number of prompts that are longer than a tokenizer's limit.
+    """Return a note for the data report on how many prompts are longer than a tokenizer's limit.
 
     Returns:
-        `str`: The note, one sentence. The note is empty if all prompts are short enough.
+        `str`: One sentence, or nothing if all prompts are short enough.
     """
     notes = []
     for name, tokenizer in _limited(family).items():
         limit = tokenizer.model_max_length
-        # A token has at least one byte, and tokenizers add two special tokens. Therefore prompts with few bytes need
-        # not be tokenized.
+        # A token has at least one byte, and tokenizers add two special tokens, so prompts with few bytes need no
+        # tokenizer.
         candidates = (prompt for prompt in prompts if len(prompt.encode(errors="replace")) + 2 > limit)
         long = sum(len(tokenizer(prompt, verbose=False)["input_ids"]) > limit for prompt in candidates)
         if long:
@@ -102,8 +100,8 @@ def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
 
 
 def hide_truncation_warnings(family: Family) -> None:
-    """Silence the warnings of pipeline and tokenizer about long prompts, because the data report already counts these
-    prompts. (Pipelines tokenize a prompt a second time, without a limit, only to find what they have cut off.)"""
+    """Silence the warnings of pipeline and tokenizer about long prompts, which the data report counts. (Pipelines
+    tokenize a prompt a second time, without a limit, only to find what they have cut off.)"""
     logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_no_truncation_warning)
     for parent in type(family.pipeline).__mro__:
         if parent.__module__.startswith("diffusers."):

@@ -1,7 +1,7 @@
 """Second copies of the policy's weights, for the reference or the moving average.
 
-A second copy is a second LoRA, a second denoiser, or simply the base weights under the policy's LoRA. The engine shards
-and rounds second copies in the same way as the policy.
+A second copy is a second LoRA, a second denoiser, or the base weights under the policy's LoRA. The engine shards and
+rounds it as it does the policy.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .numerics import halve_autocast_weights, read_contiguous
 def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
     """Return a copy of a module.
 
-    If `shared`, the parameters of the copy use the memory of the original parameters, but buffers are copied. Sharing
-    saves memory with engines that shard both modules later, because sharding moves each module to its own memory.
+    If `shared`, its parameters use the memory of the original's, and only buffers are copied. That saves memory with
+    engines that shard both modules later, each into memory of its own.
     """
     memo: dict[int, Any] = {}
     for weight in module.parameters() if shared else ():
@@ -41,8 +41,8 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
-    """Within the context, activate only the adapter `name` in `layers`, or switch all adapters off if `name` is `None`.
-    Unlike PEFT's own functions, this function does not change `requires_grad` of weights."""
+    """Within the context, activate only the adapter `name` in `layers`, or none if `name` is `None`. Unlike PEFT's own
+    functions, it leaves `requires_grad` alone."""
     before = [(getattr(layer, ACTIVE_ADAPTER), layer.disable_adapters) for layer in layers]
     for layer in layers:
         setattr(layer, ADAPTERS_OFF, name is None)
@@ -59,11 +59,10 @@ def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterato
 
 
 class AdaptersOff:
-    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights of its
-    own."""
+    """The policy's denoiser with its LoRA switched off. It takes no memory."""
 
     def __init__(self, denoiser: nn.Module):
-        self._layers = adapter_layers(denoiser)  # searched only once, because a search takes milliseconds
+        self._layers = adapter_layers(denoiser)  # searched once: a search takes milliseconds
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -74,8 +73,7 @@ class AdaptersOff:
 
 
 class SecondAdapter:
-    """A second, frozen LoRA on the policy's denoiser. The second LoRA starts with the current weights of the LoRA that
-    trains.
+    """A second, frozen LoRA on the policy's denoiser. It starts with the weights of the LoRA that trains.
 
     Raises:
         `ValueError`: If the denoiser already has an adapter called `name`.
@@ -84,8 +82,8 @@ class SecondAdapter:
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise UserError(
-                f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights. The model "
-                "already has an adapter of this name. Rename or delete this adapter."
+                f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights, and the model "
+                "already has an adapter of this name. Rename or delete it."
             )
         self.engine = engine
         self._denoiser = denoiser
@@ -108,8 +106,8 @@ class SecondAdapter:
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters of the LoRA that trains, by the names that `weights` uses. `WeightCopy.update` mixes
-        corresponding matrices of the two LoRAs, not the products of these matrices, because a mixture of products would
-        have a higher rank than a LoRA can store."""
+        the matrices of the two LoRAs, not their products: a mixture of products has a higher rank than a LoRA can
+        store."""
         return adapter_state(self._denoiser, self._policy)
 
 
@@ -117,9 +115,9 @@ class SecondDenoiser:
     """A second denoiser that is never trained.
 
     Args:
-        module (`nn.Module`): The second denoiser. The constructor freezes this module and puts it into evaluation mode.
+        module (`nn.Module`): The second denoiser. It is frozen and put into evaluation mode.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
-            cast once to this dtype. Casting once saves memory and does not change results.
+            cast once, which saves memory and does not change results.
     """
 
     module: Any  # a diffusers model
@@ -148,8 +146,7 @@ class SecondDenoiser:
         return self._policy.state_dict(keep_vars=True)
 
     def shard(self, *, moves: bool) -> None:
-        """Shard the second denoiser as the engine shards the policy. `moves` says whether the second denoiser is
-        updated during training."""
+        """Shard the second denoiser as the engine shards the policy. `moves` says whether training updates it."""
         if self.engine_model is self.module:
             self.engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
 
@@ -167,11 +164,11 @@ class WeightCopy:
     5. `prepare`, after that. Then it can be loaded from a checkpoint, and used.
 
     Args:
-        second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The object that predicts with these
-            weights, or `None` if the policy itself predicts or if no reference predicts.
+        second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): What predicts with these weights, or
+            `None` if the policy itself or no reference predicts.
         file (`str`): Name of the file with these weights in checkpoints.
-        stored (`bool`): Whether checkpoints contain these weights. `stored` must be `True` if the weights are updated
-            during training, or if they cannot be loaded again from elsewhere.
+        stored (`bool`): Whether checkpoints contain these weights. They must if training updates them, or they cannot
+            be loaded again from elsewhere.
     """
 
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
@@ -179,7 +176,7 @@ class WeightCopy:
         self.file = file
         self.stored = stored
         self.float32_shards: Float32Shards | None = None  # float32 copies if the engine rounds these weights
-        # Parameters that `update` mixes, by name: the parameters of this copy, and the parameters of the policy.
+        # Parameters that `update` mixes, by name: those of this copy, and those of the policy.
         self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     def to(self, device: torch.device) -> None:
@@ -198,12 +195,12 @@ class WeightCopy:
             self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
-        """Give a second denoiser its own memory if the denoiser shares the policy's memory (see [`second_copy`])."""
+        """Give a second denoiser its own memory if it shares the policy's (see [`second_copy`])."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
             weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
-        """Make float32 copies of these weights if the engine will round these weights."""
+        """Make float32 copies of these weights if the engine will round them."""
         second = self._stored_weights()
         if second is not None and self.float32_shards is None and second.engine.rounds_weights:
             self.float32_shards = second.engine.float32_shards(_parameters(second.weights()))
@@ -215,14 +212,13 @@ class WeightCopy:
             self.second.shard(moves=self.stored)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
-        """Return a context that yields the module that predicts with these weights. The context yields `None` if there
-        is no such module. `model` is the policy as the engine wrapped it."""
+        """Return a context that yields the module that predicts with these weights, or `None`. `model` is the policy as
+        the engine wrapped it."""
         return contextlib.nullcontext() if self.second is None else self.second.active(model)
 
     @torch.no_grad()
     def update(self, alpha: float) -> None:
-        """Update these weights: `weights = alpha * policy + (1 - alpha) * weights`. All processes must call this
-        method."""
+        """Update these weights: `weights = alpha * policy + (1 - alpha) * weights`. Call it in all processes."""
         second = self._stored_weights()
         assert second is not None, "These weights are never updated."
         second.engine.reshard()
@@ -255,8 +251,8 @@ class WeightCopy:
         return gathered
 
     def save(self, folder: Path, *, write: bool) -> None:
-        """Save the weights in the folder of a checkpoint. All processes must call this method, and a process with
-        `write=True` writes the file."""
+        """Save the weights in the folder of a checkpoint. Call it in all processes; one with `write=True` writes the
+        file."""
         weights = self.gather(keep=write)
         if write and weights:
             save_file(weights, folder / self.file)
@@ -276,7 +272,7 @@ class WeightCopy:
                 self.float32_shards.set(name, stored[name])
 
     def _stored_weights(self) -> SecondAdapter | SecondDenoiser | None:
-        """Return the second LoRA or denoiser if checkpoints contain its weights, and `None` otherwise."""
+        """Return the second LoRA or denoiser if checkpoints contain its weights, else `None`."""
         return self.second if self.stored and not isinstance(self.second, AdaptersOff) else None
 
 
@@ -289,13 +285,12 @@ def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tenso
     if not file.is_file():
         raise UserError(
             "A run with averaged weights (`ema_decay`) or a stored reference (`sync_ref_model`, or a LoRA that was "
-            f"trained before) can resume only from a checkpoint that contains {file.name}. {file.parent} does not "
-            "contain this file. Resume with the settings with which the checkpoint was written."
+            f"trained before) can resume only from a checkpoint that contains {file.name}, and {file.parent} does not. "
+            "Resume with the settings of the checkpoint."
         )
     stored = load_file(file)
     if stored.keys() != weights.keys():
         raise UserError(
-            f"{file} does not contain the weights that this run trains. Resume with the settings with which the "
-            "checkpoint was written."
+            f"{file} does not contain the weights that this run trains. Resume with the settings of the checkpoint."
         )
     return stored

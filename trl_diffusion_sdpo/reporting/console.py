@@ -21,8 +21,7 @@ WORDS = {
     "safeguard/scale": "lambda",
     "learning_rate": "lr",
 }
-# Names of metrics that are not printed: the trainer's other metrics, the speed of an evaluation, and values that the
-# progress bar already shows.
+# Metrics that are not printed: the trainer's others, the speed of an evaluation, and what the progress bar shows.
 _HIDDEN = re.compile(
     r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_(samples/.*|.*(runtime|per_second))"
     r"|grad_norm|epoch|total_flos|num_input_tokens_seen"
@@ -32,8 +31,8 @@ _HIDDEN = re.compile(
 class ShortLogCallback(ProgressCallback):
     """Prints one line with the main metrics for each log, and shows the training metrics on the progress bar.
 
-    This callback replaces transformers' `ProgressCallback`, which prints every metric. The trainer's state and the
-    trackers still get all metrics.
+    It replaces transformers' `ProgressCallback`, which prints every metric. The trainer's state and the trackers still
+    get all.
     """
 
     def on_log(

@@ -28,10 +28,9 @@ class CheckpointOnInterrupt(TrainerCallback):
     """Saves a checkpoint and ends training after the current step at the first Ctrl-C (SIGINT) or SIGTERM. A second
     signal raises `KeyboardInterrupt` at once.
 
-    The callback handles signals only during training. If training does not run in the main thread, the callback does
-    nothing, because Python allows signal handlers only there. If training raises an exception, call
-    [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop after the same step: the step in which
-    one of them got the signal, or the next step.
+    It handles signals only during training, and only in the main thread, where Python allows handlers. If training
+    raises an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. Several processes stop after the same step:
+    the one in which one of them got the signal, or the next.
 
     Attributes:
         interrupted (`signal.Signals` or `None`): The signal that ended the latest training, or `None` if no signal did.
@@ -97,16 +96,16 @@ class CheckpointOnInterrupt(TrainerCallback):
         self.interrupted = signal.Signals(number)
         self.exchange.request_stop()
         logger.warning(
-            "Got %s. Training saves a checkpoint and stops after this step. A second signal stops training at once, "
-            "without a checkpoint.",
+            "Got %s. Training saves a checkpoint and stops after this step. A second signal stops it at once, without "
+            "a checkpoint.",
             self.interrupted.name,
         )
 
     def _on_signal_in_worker(self, number: int) -> None:
         """Handle a signal in a data loader worker. A forked worker inherits the handler of the training process.
 
-        Ctrl-C is ignored, because the current step may need the worker's next batch. SIGTERM ends the worker, because
-        the data loader sends SIGTERM to stop its workers.
+        Ctrl-C is ignored: the current step may need the worker's next batch. SIGTERM ends it: the data loader stops its
+        workers by it.
         """
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
@@ -126,10 +125,10 @@ def stopping_on_interrupt(
     interrupt: CheckpointOnInterrupt, handler: CallbackHandler, args: TrainingArguments
 ) -> Iterator[None]:
     """Save a checkpoint and stop training at the first Ctrl-C or SIGTERM within the context. Then raise
-    `KeyboardInterrupt` in all processes, because the code after `train()` in a script expects a finished run.
+    `KeyboardInterrupt` in all processes: the code after `train()` expects a finished run.
 
-    The context does nothing if signals are already handled, because `interrupt` is a callback of the trainer, or by the
-    setting `enable_jit_checkpoint` of transformers.
+    It does nothing if signals are already handled, by `interrupt` as a callback of the trainer or by transformers'
+    setting `enable_jit_checkpoint`.
     """
     if interrupt in handler.callbacks or args.enable_jit_checkpoint:
         yield

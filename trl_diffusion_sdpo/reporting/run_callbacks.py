@@ -1,4 +1,4 @@
-"""Callbacks that report on a run: they plot metrics, judge the training in a verdict, and write files at the end."""
+"""Callbacks that report on a run: plots of metrics, the verdict, and the files at the end."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class NoiseBinPlotCallback(TrainerCallback):
 
 
 class VerdictCallback(TrainerCallback):
-    """Logs a warning or stops training when the error on the preferred images rises. At the end of training, it logs
-    the verdict and writes it into the output folder.
+    """Warns or stops training when the error on the preferred images rises, and at the end logs the verdict and writes
+    it into the output folder.
 
     Args:
         run ([`RunFacts`]): Facts of the run that the verdict needs.
-        evaluate (`Callable`): Function that evaluates the current weights. All processes call this function.
-        interrupt ([`CheckpointOnInterrupt`]): Callback that says whether a signal has ended the training.
+        evaluate (`Callable`): Evaluates the current weights, called in all processes.
+        interrupt ([`CheckpointOnInterrupt`]): Says whether a signal has ended the training.
         samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images before and after training.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
@@ -147,7 +147,7 @@ class VerdictCallback(TrainerCallback):
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether to evaluate at the end of training: the weights have changed since the last evaluation, and no
-        signal has stopped the training early."""
+        signal has stopped it early."""
         asked = self._interrupt.stops or args.enable_jit_checkpoint
         if asked and state.global_step < state.max_steps:
             return False
@@ -157,8 +157,8 @@ class VerdictCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def warning_of_unwritten_files() -> Iterator[None]:
-    """Log an error within the context as a warning, because a run must go on if a report cannot be written. The code
-    within the context must not wait for other processes."""
+    """Log an error within the context as a warning: a run goes on if a report cannot be written. The code within must
+    not wait for other processes."""
     try:
         yield
     except Exception as error:

@@ -47,26 +47,25 @@ class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt before, during and after training, always from the same seeds.
 
     At step 50, for example, the callback writes a file such as `samples/step-000050-0.png` for each prompt, with prompt
-    and seed as PNG text. Training is not affected: the networks' train or eval modes and all random states are restored
-    afterwards, and images are generated with a copy of the pipeline's scheduler.
+    and seed as PNG text. Training is not affected: the networks' modes and all random states are restored, and the
+    scheduler is a copy.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser. All components must be on the same device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
         sources (`Sequence[PIL.Image.Image]`): Image that each prompt edits, for pipelines that edit images. The first
             prompt's image is copied to `samples/source-0.png`, and so on.
-        every_n_steps (`int`, *optional*): Generate images after every so many optimizer steps. If unset, images are
-            generated only before and after training.
+        every_n_steps (`int`, *optional*): Generate images after every so many optimizer steps; if unset, only before
+            and after training.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
-        denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. The denoiser runs under the
-            autocast of training. Other components run in the precision of their weights.
-        every_process (`bool`): Whether all processes must generate images, because each process holds a shard of the
-            denoiser. The Trainer's `model` is then called in place of the denoiser. If false, only the first process
-            generates images.
+        denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. It runs under the autocast of
+            training, other components in the precision of their weights.
+        every_process (`bool`): Whether all processes must generate images, because each holds a shard of the denoiser;
+            the Trainer's `model` then takes its place. Otherwise the first process does.
         frozen ([`FrozenComponents`], *optional*): Moves VAE and text encoders to the device while images are generated.
         images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
         scores ([`SampleScores`], *optional*): Scores the images with reward models.
-        log (`Callable`): Function of the trainer that logs metrics. All processes call this function with the scores.
+        log (`Callable`): Logs metrics of the trainer, called in all processes with the scores.
         at_evaluations (`bool`): Whether to also generate images before each evaluation.
     """
 
@@ -146,8 +145,8 @@ class SampleImagesCallback(TrainerCallback):
         return [*self.gallery(self.last_step), *sources]
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
-        """Return pairs of images with the same prompt and seed: from before training, and from `step` (default: the
-        newest). A pair is left out if one of its files is missing or was made with another prompt, seed or settings."""
+        """Return pairs of images with the same prompt and seed, from before training and from `step` (default: the
+        newest), without those of which a file is missing or has another prompt, seed or settings."""
         step = step or self.last_step
         if not step:
             return []
@@ -201,7 +200,7 @@ class SampleImagesCallback(TrainerCallback):
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        """Score the sample images of a step. All processes must call this method."""
+        """Score the sample images of a step. Call it in all processes."""
         assert self.scores is not None, "The callers check it."
         folder = output_folder(args)
         with _restored_random_state(args.device):
@@ -242,9 +241,8 @@ class SampleImagesCallback(TrainerCallback):
         """Generate one image for each prompt, in the order of the prompts, with the current weights.
 
         Args:
-            autocast (context manager, *optional*): Context of each call of the denoiser. The context must be reusable.
-            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, this module is called
-                in place of the pipeline's denoiser.
+            autocast (context manager, *optional*): Context of each call of the denoiser, reusable.
+            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, called in place of the pipeline's.
         """
         none = contextlib.nullcontext()
         with (
@@ -276,8 +274,8 @@ class SampleImagesCallback(TrainerCallback):
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """Return the step of the best checkpoint if the trainer loads this checkpoint at the end of training, else `None`.
-    This step may be earlier than `best_global_step`, because the best step is not always saved."""
+    """Return the step of the best checkpoint if the trainer loads it at the end of training, else `None`. It may be
+    earlier than `best_global_step`: the best step is not always saved."""
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
@@ -297,8 +295,8 @@ def _notes(file: Path) -> dict[str, str]:
 
 
 class _InTrainingPrecision(DenoiserView):
-    """Denoiser that runs under autocast. Inputs are cast to the denoiser's dtype, and outputs are cast back to the
-    inputs' dtype, because the frozen components may have another precision."""
+    """Denoiser under autocast. Inputs are cast to its dtype and outputs back to theirs: the frozen components may have
+    another precision."""
 
     def __init__(self, denoiser: nn.Module, model: nn.Module, autocast: contextlib.AbstractContextManager):
         super().__init__(denoiser, model)

@@ -1,4 +1,4 @@
-"""Scores the sample images of a run with reward models, and compares them with the images from before training."""
+"""Scores the sample images of a run with reward models, and compares them with those from before training."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ WIN_RATE = "_win_rate"
 
 
 class SampleScores:
-    """Scores the sample images of a step, and compares them with the images that were generated from
-    the same noise before training.
+    """Scores the sample images of a step, and compares them with those from the same noise before training.
 
-    The first process computes the scores, and the other processes wait for the results. Scorers of this package occupy
-    the device only while they compute. If a scorer fails before training starts or resumes, the run ends with an error.
-    If a scorer fails later, the error is logged, and the scores of that step are NaN.
+    The first process computes the scores, and the others wait. Scorers of this package take device memory only while
+    they compute. One that fails before training starts or resumes ends the run; later, the error is logged, and the
+    scores of that step are NaN.
 
     Args:
-        names (`Sequence[str]`): Names of the scorers. The first process loads the scorers on the CPU.
+        names (`Sequence[str]`): Names of the scorers, which the first process loads on the CPU.
         prompts (`Sequence[str]`): Prompts of the sample images.
         device (`torch.device`): Device on which scorers compute.
-        processes (`Peers`): All processes of the training. Each process must construct this object.
+        processes (`Peers`): All processes of the training. Each must make this object.
 
     Raises:
         `ValueError`: In the first process, if a scorer cannot be loaded. The others then raise `RuntimeError`.
@@ -55,23 +54,21 @@ class SampleScores:
         processes.first(lambda: self._scorers.update(_load(names)))
 
     def begin(self, before: Sequence[Path]) -> None:
-        """Score the images from before training. All processes must call this method when training starts or resumes.
-        If a scorer fails, the first process raises the scorer's error, and the others raise `RuntimeError`.
+        """Score the images from before training. Call it in all processes when training starts or resumes. If a scorer
+        fails, the first raises its error, and the others `RuntimeError`.
 
         Args:
-            before (`Sequence[Path]`): Image files from before training, one for each prompt. Without such files, no win
-                rates are computed.
+            before (`Sequence[Path]`): Image files from before training, one for each prompt. Without them, there are no
+                win rates.
         """
         if not before and self._processes.index == 0:
-            logger.warning(
-                "Sample images get no win rates, because `output_dir` contains no sample images from before training."
-            )
+            logger.warning("Sample images get no win rates: `output_dir` has none from before training.")
         self._before = self._processes.first(
             lambda: {name: self._score(name, before) for name in self._scorers if before}
         )
 
     def measure(self, step: int, images: Sequence[Path]) -> None:
-        """Score the sample images of a step. All processes must call this method.
+        """Score the sample images of a step. Call it in all processes.
 
         Args:
             step (`int`): Optimizer step at which the images were generated.
@@ -93,8 +90,7 @@ class SampleScores:
             return float(np.nanmean(scores)), win_rate(scores, self._before[name]) if self._before else None
         except Exception as error:
             logger.warning(
-                "The scorer %r failed on the sample images of step %s. Training continues without the scores of this "
-                "step. %s: %s",
+                "The scorer %r failed on the sample images of step %s. Training continues without its scores. %s: %s",
                 name,
                 step,
                 type(error).__name__,
@@ -146,7 +142,7 @@ def _read(file: Path) -> Image.Image:
 
 
 def _load(names: Sequence[str]) -> dict[str, Scorer]:
-    """Load scorers by name. Scorers are tools, which the trainer imports only here, if a run names one."""
+    """Load scorers by name. The trainer imports these tools only here, if a run names one."""
     from ..tools.rewards import load_scorer
 
     return {name: load_scorer(name) for name in names}

@@ -17,8 +17,8 @@ class TrackedImages:
     """Sends images to those of TensorBoard, Weights & Biases and Trackio whose callbacks `report_to` has added to the
     trainer.
 
-    Call [`TrackedImages.add`] only in the first process, and only between `on_train_begin` and `on_train_end` of the
-    trackers' callbacks.
+    Call [`TrackedImages.add`] in the first process only, between `on_train_begin` and `on_train_end` of the trackers'
+    callbacks.
 
     Args:
         callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, to which more may be added later.

@@ -24,8 +24,8 @@ COARSE = 0.2  # with a larger uncertainty, an insignificant change is "unknown",
 RUINED = 1.0  # above this relative change, the error has more than doubled, and the verdict is "ruined"
 FEWEST_AT_ALL = 4  # with fewer pairs, the verdict is "unknown" or "ruined"
 BIN_WORSE = 1.0  # if the error in a noise bin rises by more than 100%, the verdict is "worse"
-# For "worse", the rise in a noise bin must also exceed this many standard errors. The limit is higher than for the mean
-# over all bins, because the bin with the largest rise is judged.
+# For "worse", the rise in a noise bin must also exceed this many standard errors: more than for the mean over all bins,
+# because the bin with the largest rise is judged.
 BIN_STANDARD_ERRORS = 3.0
 CHANCE = 0.5  # accuracy of a model that has learned nothing
 AVERAGED_LOGS = 10  # number of the last training logs over which the error on training pairs is averaged
@@ -36,7 +36,7 @@ RISES = ("worse", "ruined")  # verdicts that say that the winners' error rose
 _AGAIN = (
     "train again with a stricter safeguard or a lower `learning_rate` (see `When it got worse` in docs/safeguard.md)."
 )
-# Verdict -> advice. Each evaluation set has a verdict, and the one that comes last in this order is reported.
+# Verdict -> advice. Of several evaluation sets, the verdict that comes last here is reported.
 ADVICE = {
     "unknown": f"Hold out at least {FEWEST_PAIRS} pairs: pass an `eval_dataset`, and set `eval_strategy: steps` "
     "and `eval_on_start: true`. Until then, judge by the sample images (`sample_prompts`).",
@@ -105,7 +105,7 @@ class Measurement:
     @property
     def preference(self) -> str:
         """Verdict of [`judge_preference`], such as `"learned"`. Fewer than 30 pairs cannot show that the preference was
-        not learned, and the verdict is then `"unknown"`."""
+        not learned: `"unknown"`."""
         if self.evaluated_pairs is not None and self.evaluated_pairs < FEWEST_AT_ALL:
             return "unknown"
         word = judge_preference(self.reward_accuracy, self.reward_accuracy_stderr)
@@ -191,8 +191,8 @@ def judge_winners(
 ) -> str:
     """Return the verdict on the winners' error.
 
-    The uncertainty of `change` is two standard errors, but at least 1%. Without a standard error, the uncertainty is
-    5%, and the verdict is never `"better"`.
+    The uncertainty of `change` is two standard errors, but at least 1%. Without a standard error, it is 5%, and the
+    verdict is never `"better"`.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
@@ -253,8 +253,8 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
 
 
 def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measurement | None:
-    """Return the measurement with the worst verdict among the evaluation sets. From each set, only one evaluation is
-    judged: the one at `step` or, if there is none, the last."""
+    """Return the measurement with the worst verdict among the evaluation sets. Of each set, the evaluation at `step`
+    counts or, if there is none, the last."""
     last: dict[str, Measurement] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
@@ -331,8 +331,8 @@ def write_verdict(
 
 
 def _measured(entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts) -> Measurement | None:
-    """Compare an evaluation with the evaluation before the first step or, if there was none, with the reference's
-    error. Return `None` if neither is known."""
+    """Compare an evaluation with the one before the first step or, if there was none, with the reference's error.
+    Return `None` if neither is known."""
     error = entry[f"{prefix}_errors/winner"]
     change = entry.get(f"{prefix}_errors/winner_change")
     if first["step"] == 0:
@@ -357,8 +357,8 @@ def _measured(entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, r
 
 
 def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the noise bin with the largest rise of the winners' error. If standard errors were logged, bins without a
-    standard error are ignored, because they have only one pair."""
+    """Return the noise bin with the largest rise of the winners' error. If standard errors were logged, bins without
+    one are ignored: they have only one pair."""
     start = f"{prefix}_{_CHANGE}@"
     stderrs = f"{prefix}_{_CHANGE}_stderr"
     bins = [int(key.removeprefix(start)) for key in entry if key.startswith(start)]
@@ -372,7 +372,7 @@ def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _noise(stderr: float | None) -> float:
-    """Return the uncertainty of a value. Differences below the uncertainty may be due to chance."""
+    """Return the uncertainty of a value: smaller differences may be due to chance."""
     if stderr is None:
         return UNMEASURED
     return STANDARD_ERRORS * stderr if math.isfinite(stderr) else math.inf

@@ -58,7 +58,7 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 
 class Checkpoints:
-    """The checkpoints in a run's output folder. All processes must call each method together."""
+    """The checkpoints in a run's output folder. Call each method in all processes together."""
 
     def __init__(self, args: TrainingArguments):
         self._args = args
@@ -71,7 +71,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def writing(self, folder: Path, needed: int) -> Iterator[Path]:
         """Yield a temporary folder on the same disk, and rename it to `folder` when all processes have written their
-        files. Even if the run is killed, `folder` either does not exist or is a complete checkpoint.
+        files. `folder` does not exist or is a complete checkpoint, even if the run is killed.
 
         Args:
             folder (`Path`): Folder of the checkpoint. An earlier checkpoint of the same step is replaced.
@@ -133,7 +133,7 @@ class Checkpoints:
         if folder is None and point is True:
             raise UserError(
                 f"To resume, `output_dir` must contain a checkpoint, but {output_dir} contains none. Start without "
-                f"`resume_from_checkpoint`, or use {LATEST!r}, which starts anew if there is no checkpoint."
+                f"`resume_from_checkpoint`, or use {LATEST!r}, which then starts anew."
             )
         if folder is None:
             if self._processes.is_main_process:
@@ -156,7 +156,7 @@ class Checkpoints:
         return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Return words for the first missing file that this process needs to resume, or `None` if no file is missing.
+        """Return words for the first missing file that this process needs to resume, or `None`.
 
         transformers itself would resume without the files of the schedule and the random state.
         """

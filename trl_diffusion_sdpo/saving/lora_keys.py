@@ -212,8 +212,8 @@ def original_module(denoiser_class: str, module: str) -> OriginalModule:
     if denoiser_class not in ORIGINAL_MODULES:
         raise UserError(
             f"Only a LoRA of one of the denoisers {', '.join(sorted(ORIGINAL_MODULES))} can be exported for other "
-            f"tools. Got a LoRA of {denoiser_class}. Load the LoRA with diffusers' `load_lora_weights`, or merge the "
-            "LoRA into the model."
+            f"tools. Got a LoRA of {denoiser_class}. Load it with diffusers' `load_lora_weights`, or merge it into the "
+            "model."
         )
     entries = ORIGINAL_MODULES[denoiser_class]
     if entries is None:

@@ -241,7 +241,7 @@ class RunCard:
         folder = output_folder(self._args)
         file = folder / CARD_FILE
         if keep_edited and file.is_file() and GENERATED not in file.read_text("utf-8", "replace"):
-            logger.info("A user wrote or edited %s. This file is left as it is. No model card was written.", file)
+            logger.info("%s was written or edited by hand and is left as it is. No model card was written.", file)
             return False
         base = self._model.base_model
         card = generate_model_card(

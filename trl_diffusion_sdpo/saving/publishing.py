@@ -46,8 +46,8 @@ class Publisher:
         self.repository: str | None = None  # id of the repository, or `None` before `create_repository`
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
-        """Create the repository for the run unless it exists, and return its id, `owner/name`. All processes must call
-        this method. If the repository cannot be created, all processes raise `PublishingError`."""
+        """Create the repository for the run unless it exists, and return its id, `owner/name`. Call it in all
+        processes, which all raise `PublishingError` if it fails."""
         name = self._args.hub_model_id or output_folder(self._args).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
@@ -64,8 +64,8 @@ class Publisher:
 
     @contextlib.contextmanager
     def failing_after_save(self) -> Iterator[None]:
-        """If one process raises an error within the context, raise an error in all processes. If the Hub caused the
-        error, the message also says where the weights are saved."""
+        """Raise in all processes if one raises within the context. If the Hub caused it, the message also says where
+        the weights are saved."""
         with failing_together(PublishingError, during_upload=True):
             try:
                 yield
@@ -80,7 +80,7 @@ class Publisher:
         revision: str | None = None,
         blocking: bool = True,
     ) -> Any:
-        """Upload the output folder. Call this method in the first process only.
+        """Upload the output folder. Call it in the first process only.
 
         Args:
             message (`str`, *optional*): Message of the commit.
@@ -98,10 +98,10 @@ class Publisher:
         return self._upload(**arguments) if blocking else self._upload_later(**arguments)
 
     def is_ready_for_progress(self) -> bool:
-        """Return whether to start an upload now, during training. All processes must call this method.
+        """Return whether to start an upload now, during training. Call it in all processes.
 
-        Before a new upload, and before old checkpoints are deleted, the method waits until the previous upload is
-        complete, because files of the previous upload will change.
+        Before a new upload, and before old checkpoints are deleted, it waits for the previous one, whose files will
+        change.
         """
         if self._args.hub_strategy == HubStrategy.END:
             return False
@@ -112,8 +112,8 @@ class Publisher:
         return not skips
 
     def upload_progress(self, checkpoint: Path, state: TrainerState) -> None:
-        """Upload the output folder while training continues. If `hub_strategy` asks for checkpoints, also upload the
-        new checkpoint. Call this method in the first process only."""
+        """Upload the output folder while training continues, and the new checkpoint if `hub_strategy` asks for it. Call
+        it in the first process only."""
         message = f"Training in progress, step {state.global_step}"
         self.upload(message, blocking=False)
         if self._args.hub_strategy in CHECKPOINT_STRATEGIES:
@@ -132,12 +132,12 @@ class Publisher:
         return all(job.done() for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait until no upload is in progress. All processes must call this method. Errors of uploads are not raised,
-        because the upload's thread has already logged them."""
+        """Wait until no upload is in progress, in all processes. Errors of uploads are not raised: the upload's thread
+        has logged them."""
         if self.repository is None:
             return
         if not self.is_done():
-            logger.info("Waiting until the upload in progress is complete.")
+            logger.info("Waiting for the upload in progress.")
         for job in self._jobs:
             job.exception()
         self._jobs = []

@@ -1,5 +1,5 @@
-"""Compares a run with the checkpoint from which it resumes, and replaces the checkpoint's optimizer settings by those
-of the run."""
+"""Compare a run with the checkpoint from which it resumes, and replace the checkpoint's optimizer settings by the
+run's."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "dam
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return all arguments of the run that wrote a checkpoint, from `training_args.json`. Return an empty dictionary if
-    this file is missing (it is not uploaded to the Hub). Raise `ValueError` if the file cannot be read."""
+    """Return all arguments of the run that wrote a checkpoint, from `training_args.json`, or nothing if it is missing
+    (it is not uploaded to the Hub). Raise `ValueError` if it cannot be read."""
     file = checkpoint / ARGS_FILE
     try:
         return json_object(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -185,8 +185,8 @@ def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None
     found = differences(*_known_to_both(before, now))
     if has_budget and (found or (before is None) != (now is None)):
         raise UserError(
-            "`winner_budget` compares errors with those before training on the same evaluation pairs, and the pairs "
-            f"differ from the checkpoint's ({listed(found) or 'only one of the runs has some'}). Pass the checkpoint's "
+            "`winner_budget` compares errors with those before training on the same evaluation pairs, and these differ "
+            f"from the checkpoint's ({listed(found) or 'only one of the runs has some'}). Pass the checkpoint's "
             "`eval_dataset`, or start anew from its weights."
         )
     if found:
@@ -215,8 +215,8 @@ def keeping_optimizer_settings(optimizer: torch.optim.Optimizer, scheduler: Any)
     ends, optimizer settings of this run, such as learning rate and betas, replace those of the checkpoint. The schedule
     stays at the checkpoint's step.
 
-    The learning rate is replaced only if the schedule computes it from the step alone. This is the case for all
-    schedules of transformers except [`SCHEDULES_WITH_STATE`]. Other schedules continue with the checkpoint's rate.
+    The learning rate is replaced only where the schedule computes it from the step alone, as all of transformers do
+    except [`SCHEDULES_WITH_STATE`], which continue with the checkpoint's rate.
     """
     schedule = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
     replaced = [name for name in GROUP_SETTINGS if name != "initial_lr" or isinstance(schedule, LambdaLR)]

@@ -33,7 +33,7 @@ WEIGHTS = "weights"  # entry of the set-up file: fingerprint of the weights besi
 
 
 class RunFiles:
-    """Writes a run's results and checkpoints, and reads checkpoints. All processes must call each method.
+    """Writes a run's results and checkpoints, and reads checkpoints. Call each method in all processes.
 
     The results in the output folder are the weights, their average over training, the set-up file and the arguments. A
     checkpoint contains the weights and every state that changes during training.
@@ -117,10 +117,10 @@ class RunFiles:
     def _check_finite(
         self, weights: Mapping[str, torch.Tensor], average: Mapping[str, torch.Tensor] | None, *, together: bool
     ) -> None:
-        """Raise `FloatingPointError` if a weight is not finite. Only processes that write weights check the weights.
+        """Raise `FloatingPointError` if a weight is not finite. Only processes that write weights check them.
 
         Args:
-            together (`bool`): Whether all processes call this method. If one of them raises, the others then raise too.
+            together (`bool`): Whether all processes call it, so that all raise if one does.
         """
         spoiled: list[str] = []
         if self._args.should_save:

@@ -1,4 +1,4 @@
-"""Protects the output folder of a run: only one run uses it at a time, and a new run does not overwrite another run."""
+"""Protects the output folder of a run: one run at a time, and a new run overwrites no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
 LOCK_FILE = "_run.lock"  # the underscore excludes the file from uploads
-LOCK_SECONDS = 10.0  # data loader workers of a killed run hold its lock for some seconds, so wait this long
+LOCK_SECONDS = 10.0  # seconds to wait: data loader workers of a killed run hold its lock for some
 # Patterns of the files that `save_model` writes, besides folders of the pipeline's components. The patterns are narrow,
 # so that a user's own files in the folder are never deleted.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
@@ -54,8 +54,8 @@ class RunFolder:
         """Lock the folder against other runs within the context. Contexts can be nested. The first process locks.
 
         Args:
-            all_processes (`bool`): Whether all processes of the run enter the context together. All of them then raise
-                if another run has locked the folder.
+            all_processes (`bool`): Whether all processes of the run enter the context together, and so all raise if
+                another run has the lock.
 
         Raises:
             `ValueError`: If another run has locked the folder.
@@ -71,13 +71,12 @@ class RunFolder:
                 self._lock.release()
 
     def begin(self, checkpoint: str | Path | None, *, overwrite: bool) -> None:
-        """Before a run starts, check that the folder has no checkpoints or weights of another run. Before a run
-        resumes, check that the folder has no later checkpoints. All processes must call this method.
+        """Check that the folder has no checkpoints or weights of another run before a run starts, and no later
+        checkpoints before it resumes. Call it in all processes.
 
         Args:
-            checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from. The checkpoint may be in another
-                folder.
-            overwrite (`bool`): Whether to delete these checkpoints and results instead of raising an error.
+            checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from, perhaps in another folder.
+            overwrite (`bool`): Whether to delete them instead.
 
         Raises:
             `ValueError`: If the folder contains such checkpoints or weights and `overwrite` is false.

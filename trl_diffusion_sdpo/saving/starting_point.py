@@ -163,7 +163,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
     if name is None:
         raise UserError(
             f"A LoRA to train further must have weights for the pipeline's {denoiser_name}, a "
-            f"{type(denoiser).__name__}. {source} has none of these weights. Check that it is a LoRA for this model."
+            f"{type(denoiser).__name__}, and {source} has none. Check that it is a LoRA for this model."
         )
     _check_ranks(adapter_state(denoiser, name), source)
     return name
@@ -272,8 +272,8 @@ def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
     if of_text is not None:
         raise UserError(
             f"The trainer does not tune text encoders, and {file} contains LoRA weights for them, such as {of_text}. "
-            "The saved LoRA would not contain these weights. Fuse the LoRA into the base model, or remove the weights "
-            "of text encoders from the file."
+            "The saved LoRA would not contain them. Fuse the LoRA into the base model, or remove these weights from "
+            "the file."
         )
     denoiser = getattr(pipeline, denoiser_name)
     prefix = f"{denoiser_name}."

@@ -21,13 +21,13 @@ DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # written by `torch.distributed
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED = (
-    "The files of a checkpoint must contain tensors, numbers and settings only. One of the files is damaged or could "
-    "run code when it is loaded: {}. Resume from another checkpoint, or pass this checkpoint's folder as `model` to "
-    "start anew from its weights."
+    "The files of a checkpoint must contain tensors, numbers and settings only. One is damaged or could run code when "
+    "it is loaded: {}. Resume from another checkpoint, or pass this checkpoint's folder as `model` to start anew from "
+    "its weights."
 )
 _DAMAGED = (
-    "A file of the checkpoint cannot be read: {}. If the checkpoint is a copy, copy it again. Otherwise resume from "
-    "another checkpoint."
+    "A file of the checkpoint cannot be read: {}. Copy the checkpoint again if it is a copy, or resume from another "
+    "one."
 )
 _METADATA_CLASSES = {
     "pathlib": ("PosixPath",),

@@ -32,14 +32,14 @@ LORA_B = ("lora_B", "lora_embedding_B")
 class WeightFiles:
     """Reads and writes the weights that a run tunes: a LoRA, or all weights of the denoiser.
 
-    Construct this object before an engine shards the weights, because the constructor records the weights' shapes.
+    Make it before an engine shards the weights: it records their shapes.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline whose denoiser is tuned.
         denoiser_name (`str`): Attribute of the pipeline that holds the denoiser, such as `"unet"` or `"transformer"`.
         adapter (`str`, *optional*): Name of the LoRA, or `None` if all weights of the denoiser are tuned.
-        whole_pipeline (`Callable`, *optional*): Function that returns the pipeline with text encoders and VAE. It is
-            needed to save the whole pipeline if `pipeline` was loaded without these components.
+        whole_pipeline (`Callable`, *optional*): Returns the pipeline with text encoders and VAE, to save it whole if
+            `pipeline` was loaded without them.
     """
 
     def __init__(
@@ -119,8 +119,7 @@ class WeightFiles:
         _remove_local_paths([folder / "model_index.json", *configs])
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Read the weights that [`WeightFiles.save`] wrote. Raise `ValueError` if the folder does not contain such
-        weights."""
+        """Read the weights that [`WeightFiles.save`] wrote. Raise `ValueError` if the folder has none."""
         if self._adapter is not None:
             return read_adapter(self.shapes, folder)
         source = folder / self._denoiser_name
@@ -156,9 +155,9 @@ def save_adapter(
     `pipeline.load_lora_weights` if the pipeline has this method.
 
     PEFT's file contains the weights as they were trained, and the LoRA's scale is in PEFT's configuration. In
-    diffusers' file, the weights are already multiplied by the scale, because some tools read neither diffusers'
-    metadata nor PEFT's configuration and assume scale 1. Both files use PEFT's names of tensors, because diffusers'
-    conversion to older names loses all layers except attention.
+    diffusers' file, the scale is already in the weights, because some tools read neither diffusers' metadata nor PEFT's
+    configuration. Both files use PEFT's names of tensors: diffusers' conversion to older names loses all layers except
+    attention.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     if loads_lora(pipeline_class):
@@ -166,8 +165,8 @@ def save_adapter(
         settings = {f"{denoiser_name}.{name}": value for name, value in public_settings(plain).items()}
 
         def write(tensors: dict[str, torch.Tensor], file: str) -> None:
-            # Write all settings as one metadata entry. safetensors writes several entries in random order, so the bytes
-            # of an unchanged file would differ, and the file would be uploaded again.
+            # All settings in one metadata entry: safetensors writes several in random order, so an unchanged file would
+            # differ and be uploaded again.
             save_file(tensors, file, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
 
         layers = {f"{denoiser_name}_lora_layers": scaled}
@@ -193,7 +192,7 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
 def read_lora(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """Read a LoRA in PEFT's format, which may come from a stranger: its configuration, and its tensors by name.
 
-    A regular expression in `target_modules` or `exclude_modules` is never matched. The modules that have tensors
+    A regular expression in `target_modules` or `exclude_modules` is never matched: the modules that have tensors
     replace it.
 
     Raises:
@@ -221,9 +220,9 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
         raise UserError(
-            f"A LoRA must fit the model, and {file} contains a LoRA for another architecture or configuration. The "
-            f"file has {len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use "
-            "the base model and the `peft_config` of the run that wrote this file."
+            f"A LoRA must fit the model, and {file} is for another architecture or configuration. It has {len(stored)} "
+            f"tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use the base model and the "
+            "`peft_config` of the run that wrote it."
         )
 
 

@@ -21,13 +21,13 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
 
 
 class LazyBatches:
-    """Iterable over the micro-batches of an optimizer step, for a single loop. The constructor already loads the first
-    micro-batch, because a data loader draws the random seeds of an epoch when it loads the first batch. Each other
-    micro-batch is loaded when the loop reaches it.
+    """Iterable over the micro-batches of an optimizer step, for one loop. The constructor loads the first, because a
+    data loader draws the random seeds of an epoch with its first batch; the others are loaded when the loop reaches
+    them.
 
     Args:
         batches (`Iterator`): Remaining batches of the epoch.
-        count (`int`): Number of micro-batches in the step. `batches` must still have at least this many.
+        count (`int`): Number of micro-batches in the step, of which `batches` must have enough left.
     """
 
     def __init__(self, batches: Iterator[Any], count: int):

@@ -1,13 +1,12 @@
-"""One backward pass for winners and one for losers, and the safeguard that combines the two gradients.
+"""One backward pass for winners and one for losers, and the safeguard that combines their gradients.
 
-Winners and losers are called the two branches of the loss. The autograd graph of the loss ends at the predictions, so
-the backward pass of a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. The
-gradients of each branch are summed over the micro-batches of an optimizer step. The sums are called W (winners) and L
-(losers). After the last micro-batch, the safeguard computes lambda, its factor of L, from the inner products of W and
-L. The back end gets the gradient `W - lambda L`. The Trainer or the engine clips this gradient and steps the optimizer.
+Winners and losers are the two branches of the loss. Its autograd graph ends at the predictions, so the backward pass of
+a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. Each branch's gradients
+are summed over the micro-batches of an optimizer step, to W (winners) and L (losers). After the last one, the safeguard
+computes lambda from the inner products of W and L, and the back end gets `W - lambda L`, which the Trainer or the
+engine clips before it steps the optimizer.
 
-The gradient of `mask_anchor` belongs to neither branch. It is summed apart from W and L, and added whole after lambda
-was computed.
+The gradient of `mask_anchor` belongs to neither branch. It is summed apart, and added whole once lambda is known.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ OUTSIDE = "mask anchor"
 
 
 class BranchGradients:
-    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines the two gradients
-    with lambda, the safeguard's factor of the losers' gradient.
+    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines them with lambda,
+    the safeguard's factor of the losers' gradient.
 
     Args:
         mu (`float`): Strictness of the safeguard, in `[0, 1]`.
-        anchor (`str`): Quantity that lambda keeps from rising: `"branch"` (mean of the winners' errors, weighted as in
-            the loss) or `"error"` (unweighted mean of the winners' errors). See
-            [`~trl_diffusion_sdpo.losses.parameter_scale`].
+        anchor (`str`): What lambda keeps from rising: the mean of the winners' errors, weighted as in the loss
+            (`"branch"`) or plain (`"error"`). See [`~trl_diffusion_sdpo.losses.parameter_scale`].
     """
 
     def __init__(self, backend: GradientBackend, *, mu: float, anchor: Anchor):
@@ -46,7 +44,7 @@ class BranchGradients:
         (`"winner"`, `"loser"`, `"anchor"` or `"mask anchor"`). See [`GradientBackend.backward`].
 
         The losers' objective must have the opposite sign of the losers' term in the loss, so that the gradient of the
-        loss is the winners' gradient minus the losers' gradient.
+        loss is the winners' minus the losers'.
         """
         accumulated = self.gradients.get(branch)
         self.gradients[branch] = self.backend.backward(objective, accumulated, retain_graph=retain_graph)
@@ -69,8 +67,8 @@ class BranchGradients:
         for name, gradient in gradients.items():
             if all(tensor is None for tensor in gradient):
                 raise RuntimeError(
-                    f"Each backward pass must give trained weights a gradient. The pass of the {name} gave no weight a "
-                    "gradient. Check that the denoiser uses its trained weights."
+                    f"Each backward pass must give trained weights a gradient, and that of the {name} gave none. Check "
+                    "that the denoiser uses its trained weights."
                 )
             gradients[name] = self.backend.all_reduced(gradient)
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR, OUTSIDE) if name in gradients]
@@ -78,8 +76,7 @@ class BranchGradients:
         branches = len(ordered) - (OUTSIDE in gradients)
         scale, metrics = parameter_scale(products[:branches, :branches], self.mu, anchor=self.anchor)
         finite = products.isfinite().all()
-        # If the gradient of any branch is not finite, set the combined gradient to NaN, so that the gradient scaler
-        # skips the step.
+        # A branch that is not finite makes the combined gradient NaN, so that the gradient scaler skips the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         if OUTSIDE in gradients:
             subtract_scaled(ordered[0], ordered[-1], -torch.ones_like(scale))

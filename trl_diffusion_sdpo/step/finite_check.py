@@ -17,18 +17,17 @@ from ..utils.errors import NotFiniteError
 class FiniteCheck:
     """Stops a run if a loss or a gradient is not finite.
 
-    A loss that is not finite is detected before the optimizer changes the weights. There is one flag per step for all
-    micro-batches and processes, because a single loss that is not finite spoils the averaged gradient. The flag is
-    copied to the CPU while the last backward pass is being queued, and read afterwards. Therefore the CPU waits only
-    until the forward pass is computed.
+    It notices a loss before the optimizer changes the weights. One flag per step is enough for all micro-batches and
+    processes, because a single bad loss spoils the averaged gradient. The flag is copied to the CPU while the last
+    backward pass is queued, and read afterwards, so the CPU only waits for the forward pass.
 
-    In rare cases, a gradient is infinite or NaN although the loss is finite. Weights that become infinite or NaN
-    through this gradient are detected at the next step, or before weights are saved.
+    In rare cases, a gradient is infinite or NaN although the loss is finite. The weights that it spoils are noticed at
+    the next step, or before they are saved.
 
     Args:
-        exchange ([`StepExchange`]): Object that exchanges the flag between processes.
-        before_backward (`bool`): Whether [`FiniteCheck.verify`] must be called before the last backward pass of a step,
-            because the engine (DeepSpeed) already changes the weights in this pass.
+        exchange ([`StepExchange`]): Exchanges the flag between processes.
+        before_backward (`bool`): Whether [`FiniteCheck.verify`] must come before the last backward pass of a step, in
+            which the engine (DeepSpeed) already changes the weights.
     """
 
     def __init__(self, exchange: StepExchange, *, before_backward: bool = False):
@@ -47,8 +46,8 @@ class FiniteCheck:
 
         Args:
             rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
-            last (`bool`): Whether this is the last micro-batch before an optimizer step. If `True`, the flag (whether a
-                loss is not finite) is sent to the other processes.
+            last (`bool`): Whether this is the last micro-batch before an optimizer step. The flag is then sent to the
+                other processes.
         """
         if self._sent:
             self.reset()
@@ -60,10 +59,10 @@ class FiniteCheck:
             self._sent = True
 
     def verify(self, step: int) -> None:
-        """Raise `FloatingPointError` if a loss of this optimizer step is not finite. The message contains the step's
-        number and rows of the data set. The step has not changed the weights yet.
+        """Raise `FloatingPointError`, with the step's number and rows of the data set, if a loss of this optimizer step
+        is not finite. The step has not changed the weights yet.
 
-        Call this method after `watch` was called for all micro-batches of the step.
+        Call it after `watch` has seen all micro-batches of the step.
         """
         if not self._exchange.receive():
             return
@@ -82,28 +81,27 @@ class StepExchange:
     """Exchanges two flags between all processes in every step: whether a loss is not finite, and whether training shall
     stop.
 
-    All processes read the same flags at the same step. Reading the flags makes the CPU wait only until the step's
-    forward passes are computed.
+    All processes read the same flags at the same step. Reading them makes the CPU wait only for the step's forward
+    passes.
     """
 
     def __init__(self):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all flags. The trainer calls this method when training begins."""
+        """Forget all flags, when training begins."""
         self._several = several_processes()
         self._requested = False
         self._stops = False
         self._messages: list[HostCopy] = []
 
     def request_stop(self) -> None:
-        """Ask all processes to stop training. If this step's [`StepExchange.send`] was already called, the request is
-        sent in the next step."""
+        """Ask all processes to stop training. After this step's [`StepExchange.send`], the request goes out with the
+        next step."""
         self._requested = True
 
     def send(self, bad_loss: torch.Tensor) -> None:
-        """Send this step's flags to the other processes, by queueing an all-reduce. All processes must call this
-        method.
+        """Send this step's flags to the other processes, by queueing an all-reduce. Call it in all processes.
 
         Args:
             bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
@@ -112,8 +110,7 @@ class StepExchange:
         self._messages = [HostCopy(max_over_processes(flags) if self._several else flags)]
 
     def receive(self) -> bool:
-        """Return whether a loss of any process was not finite. Return `False` if `send` was not called since the last
-        call."""
+        """Return whether a loss of any process was not finite, or `False` without a `send` since the last call."""
         if not self._messages:
             return False
         bad_loss, stops = self._messages.pop().read()
@@ -124,8 +121,7 @@ class StepExchange:
     def stops(self) -> bool:
         """Whether training stops after this step.
 
-        If there is one process, training stops after `request_stop` was called. If there are several processes,
-        training stops after any process has sent its request.
+        With one process, after `request_stop`; with several, after any of them has sent its request.
         """
         return self._stops if self._several else self._requested
 
@@ -134,8 +130,7 @@ class HostCopy:
     """Asynchronous copy of a small tensor (no DTensor) from a device to pinned CPU memory. A tensor that is already on
     the CPU is not copied.
 
-    `read` waits until the device has computed the values. `read` does not wait for work that was queued on the device
-    after the copy.
+    `read` waits until the device has computed the values, but not for work that was queued after the copy.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -154,7 +149,7 @@ class HostCopy:
         return self._values.tolist()
 
 
-# Tests on a CPU replace the following functions, to run the code for accelerators.
+# Tests on a CPU replace these functions, to run the code for accelerators.
 
 
 def is_on_host(values: torch.Tensor) -> bool:

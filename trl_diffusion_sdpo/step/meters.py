@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 
 class MetricMeter:
-    """Weighted means of named scalars. Reading the means costs one transfer from the device to the CPU and one
-    reduction over processes."""
+    """Weighted means of named scalars. Reading them costs one transfer from the device to the CPU and one reduction
+    over processes."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
@@ -23,8 +23,8 @@ class MetricMeter:
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the weighted means over all processes since the last call. Metrics with a total weight of 0 are left
-        out. All processes must call this method together."""
+        """Return the weighted means over all processes since the last call, without metrics of total weight 0. Call it
+        in all processes together."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -40,8 +40,8 @@ class MetricMeter:
 
 
 def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a weight as a float32 scalar on the device. A Python number is not copied to the device but filled in
-    there, because a copy would make the CPU wait."""
+    """Return a weight as a float32 scalar on the device. A Python number is filled in there: a copy would make the CPU
+    wait."""
     if isinstance(weight, torch.Tensor):
         return weight.to(device).float()
     return torch.full((), float(weight), dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Metrics of an evaluation on pairs: the metrics that training logs too, and the change of errors in each noise bin."""
+"""Metrics of an evaluation on pairs: those of training, and the change of errors in each noise bin."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MOST_DRAWS = 8  # largest number of noises and timesteps for each pair
 
 
 class PairEvaluation:
-    """Computes the metrics of an evaluation: the metrics of training, and the change of winners' and losers' errors in
-    each noise bin.
+    """Computes the metrics of an evaluation: those of training, and the change of winners' and losers' errors in each
+    noise bin.
 
-    The change is the policy's error minus the reference's error. If the loss has no reference, the change is the
-    policy's error minus its own error before the first training step. For this comparison, each process stores the
-    errors of its pairs in an evaluation before the first step. Without such an evaluation, the change is not measured.
+    The change is the policy's error minus the reference's, or for a loss without reference minus its own before the
+    first step. For that, each process stores the errors of its pairs in an evaluation before the first step; without
+    one, the change is not measured.
     """
 
     def __init__(self, forward: PairForward):
@@ -61,13 +61,12 @@ class PairEvaluation:
         self._batch = None if before_training else 0
 
     def add(self, draws: Sequence[PairPredictions], real: int) -> list[PreferenceLossOutput]:
-        """Add a batch of B pairs to the evaluation. Only the first `real` pairs enter the metrics, because the pairs
-        after them are repeated pairs that fill up the last batch.
+        """Add a batch of B pairs to the evaluation. Only the first `real` count: those after them are repetitions that
+        fill up the last batch.
 
         Args:
-            draws (`Sequence[PairPredictions]`): One element for each noise and timestep: the predictions for the B
-                pairs.
-            real (`int`): Number of pairs that enter the metrics.
+            draws (`Sequence[PairPredictions]`): For each noise and timestep, the predictions for the B pairs.
+            real (`int`): Number of pairs that count.
 
         Returns:
             `list[PreferenceLossOutput]`: Loss of all B pairs for each element of `draws`.
@@ -82,16 +81,14 @@ class PairEvaluation:
 
     def _measure(self, predictions: PairPredictions, real: int) -> tuple[PreferenceLossOutput, torch.Tensor, bool]:
         """Add the predictions at one noise and timestep to the metrics. Return the loss of all pairs, the errors of the
-        first `real` pairs, and whether the errors can be compared with the reference's errors or with errors before
-        training."""
+        first `real`, and whether these can be compared with the reference's or with those before training."""
         outputs = self._forward.loss(predictions)
         measured = outputs
         pairs = len(outputs.pair_losses)
-        if 0 < real < pairs:  # use these predictions again, because a new forward pass would need all processes
+        if 0 < real < pairs:  # use these again: a new forward pass would need all processes
             first = torch.arange(real, device=predictions.policy.device)
             measured = self._forward.loss(predictions.take(torch.cat([first, first + pairs])))
-        # Add metrics (with weight 0) even if all pairs of this process are repetitions, because all processes must
-        # reduce metrics of the same names.
+        # Also if all pairs of this process are repetitions (with weight 0): all processes must reduce the same metrics.
         self._metrics.add({**self._forward.logged_metrics(measured), "loss": measured.loss}, real)
         errors = measured.pair_errors
         comparable = True
@@ -102,13 +99,13 @@ class PairEvaluation:
         return outputs, errors, comparable
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics over the pairs that all processes have added since the last call. All processes must call
-        this method together."""
+        """Return the metrics over the pairs that all processes have added since the last call. Call it in all processes
+        together."""
         return {**self._metrics.drain(accelerator), **self._noise_bins.drain(accelerator)}
 
     def _earlier(self, errors: torch.Tensor) -> torch.Tensor | None:
-        """Return the errors `(B, 2)` that the pairs of this batch had before the first step. Return `None` if the
-        evaluation before the first step had no batch of this size at this position."""
+        """Return the errors `(B, 2)` of this batch's pairs before the first step, or `None` if that evaluation had no
+        batch of this size at this position."""
         assert self._start_errors is not None
         if self._batch is None:
             self._start_errors.append(errors)
@@ -119,8 +116,7 @@ class PairEvaluation:
 
 
 class NoiseBinMeter:
-    """Collects the errors and noise bins of the pairs in an evaluation. Processes exchange the errors and noise bins
-    only once, in `drain`."""
+    """Collects the errors and noise bins of the pairs in an evaluation. Processes exchange them once, in `drain`."""
 
     def __init__(self):
         self._rows: list[torch.Tensor] = []
@@ -132,8 +128,8 @@ class NoiseBinMeter:
             noise_levels (`torch.Tensor` of shape `(B, D)`): Noise levels.
             errors (`torch.Tensor` of shape `(B, D, 4)`): Errors of the policy for winner and loser, then errors of the
                 reference for winner and loser.
-            counts (`bool`): Whether to add the errors. A process without errors to add must call `add` with
-                `counts=False`, because `drain` needs all processes.
+            counts (`bool`): Whether to add the errors. A process without any must call it with `counts=False`, because
+                `drain` needs all processes.
         """
         exact = errors.to(exact_dtype(errors.device))
         bins = noise_bin_of(noise_levels).unsqueeze(2).to(exact.dtype)
@@ -141,8 +137,8 @@ class NoiseBinMeter:
         self._rows.append(rows if counts else rows[:0])
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`] over all processes, and remove the
-        collected errors. All processes must call this method together."""
+        """Return the metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`] over all processes, and forget the
+        errors. Call it in all processes together."""
         if not self._rows:
             return {}
         rows = torch.cat(self._rows)
@@ -155,8 +151,8 @@ class NoiseBinMeter:
 def draws_of_noise(dataset: Any) -> int:
     """Return at how many noises and timesteps each pair of a data set is evaluated.
 
-    The number is 1 for streams and for data sets of `FEWEST_PAIRS` pairs or more. For smaller data sets, the number is
-    up to `MOST_DRAWS`, because errors differ more between noises than between pairs.
+    It is 1 for streams and for data sets of `FEWEST_PAIRS` pairs or more, and up to `MOST_DRAWS` for smaller ones,
+    because errors differ more between noises than between pairs.
     """
     if not isinstance(dataset, Sized) or not 0 < len(dataset) < FEWEST_PAIRS:
         return 1
@@ -164,8 +160,8 @@ def draws_of_noise(dataset: Any) -> int:
 
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
-    """Return the seeds for the `draws` random timesteps of each pair: first the seeds for the first timestep of every
-    pair, then the seeds for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
+    """Return the seeds for the `draws` random timesteps of each pair: those of the first timestep of every pair (the
+    pairs' own seeds), then those of the second, and so on."""
     later = [
         int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
         for draw in range(1, draws)
@@ -175,9 +171,8 @@ def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
 
 
 def real_pairs(state: GradientState, pairs: int, rank: int) -> int:
-    """Return how many of the `pairs` pairs in this process's batch are not repeated pairs. If the data do not fill the
-    last batch of all processes, accelerate repeats pairs, and stores in `state` the number of pairs before the repeated
-    ones."""
+    """Return how many of the `pairs` pairs in this process's batch are no repetitions. accelerate repeats pairs to fill
+    the last batch of all processes, and stores in `state` how many come before them."""
     if not state.end_of_dataloader or state.remainder <= 0:
         return pairs
     return max(0, min(pairs, state.remainder - rank * pairs))

@@ -41,8 +41,8 @@ from ..utils.errors import UserError
 
 VAE_SEED_MASK = 0x5DEECE66D  # makes the seed of a pair's VAE encoding differ from the seed of its noise
 
-# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, the class `ParameterSafeguard` logs
-# metrics with these names instead.
+# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, `ParameterSafeguard` logs its own
+# under these names.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
@@ -54,7 +54,7 @@ class NoiseSettings:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
         noise_offset (`float`): Scale of an additional noise that has one value per channel for the whole image.
         inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Settings of the inversion
-            that computes the noise of each image. If `None`, noise is random.
+            that computes the noise of each image. `None` for random noise.
     """
 
     timesteps: dict[str, Any] = field(default_factory=dict)
@@ -64,8 +64,8 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Noisy latents of B pairs, the other inputs of the denoiser, and the targets of its predictions. In all tensors,
-    the B winners come first, then the B losers.
+    """Noisy latents of B pairs, the other inputs of the denoiser, and the targets of its predictions: in all tensors,
+    the B winners, then the B losers.
 
     Args:
         noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
@@ -74,9 +74,8 @@ class NoisyBatch:
         conditioning (`dict[str, torch.Tensor]`): Further inputs of the denoiser, such as prompt embeddings, of shape
             `(2B, ...)`. Some of these tensors may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
-        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors that multiply the residuals, so that only
-            residuals within the masks enter the error; see [`~trl_diffusion_sdpo.losses.region_factors`]. `None` if
-            the pairs have no masks.
+        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors of the residuals, so that only those
+            within the masks enter the error; see [`~trl_diffusion_sdpo.losses.region_factors`]. `None` without masks.
     """
 
     noisy: torch.Tensor
@@ -116,8 +115,8 @@ class PairPredictions:
         reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference in float32, without an
             autograd graph.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores of the images.
-        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference that were computed
-            before training. If set, `reference_errors` are used instead of `reference`.
+        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference from before training,
+            used instead of `reference`.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
         anchored (`torch.Tensor` of shape `(2B, ...)`, *optional*): The policy's predictions once more, as a leaf of
             their own, from which `mask_anchor` is computed, so that its gradient stays apart from the loss's. If
@@ -186,7 +185,7 @@ class PairForward:
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, with the
             family object that calls the model.
-        autocast (`Callable`): Function that returns the context in which denoisers predict.
+        autocast (`Callable`): Returns the context in which denoisers predict.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Controller that scales the losers'
             gradients in each noise bin (`winner_budget`).
     """
@@ -232,8 +231,8 @@ class PairForward:
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
-        """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used. The setting
-        `"parameter"` has no effect on the loss, because the parameter-space safeguard acts in the backward pass."""
+        """Return the loss of predictions, with the safeguard of the settings if `safeguard` is `None`. `"parameter"`
+        has no effect here: it acts in the backward pass."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -286,8 +285,7 @@ class PairForward:
         return replace(outputs, loss=outputs.loss + weight * term, metrics=metrics)
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
-        """Return the metrics of a batch. With `safeguard="parameter"`, leave out the metrics that the safeguard itself
-        logs."""
+        """Return the metrics of a batch, with `safeguard="parameter"` without those that the safeguard logs itself."""
         if self.loss_settings.safeguard != "parameter":
             return outputs.metrics
         return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}
@@ -299,9 +297,9 @@ class PairForward:
         """Encode the images and prompts of a collated batch, and add each pair's noise at its timestep.
 
         Args:
-            policy (`nn.Module`, *optional*): Policy with which images are inverted to noise, if the settings have an
-                inversion and the policy is in training mode. Evaluation uses random noise, because errors at noise from
-                inversion can fall while generated images get worse.
+            policy (`nn.Module`, *optional*): Policy that inverts images to noise, if the settings have an inversion and
+                it is in training mode. Evaluation uses random noise: errors at noise from inversion can fall while
+                generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
         generated_noise = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
@@ -320,7 +318,7 @@ class PairForward:
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the latents `(2B, ...)` of a batch and the other inputs of the denoiser, such as prompt embeddings;
-        winners first. If the batch has an earlier result of this method as `encoded`, return that."""
+        winners first. An earlier result in the batch, as `encoded`, is returned as it is."""
         if "encoded" in inputs:
             return inputs["encoded"]
         generators = generators_of([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
@@ -342,8 +340,8 @@ class PairForward:
             size = (pixels.shape[-2], pixels.shape[-1])
         conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
-        # A VAE may return channels-last latents. Convolutions keep this layout in forward passes without gradients but
-        # change it in forward passes with gradients, so policy and reference would round differently.
+        # A VAE may return channels-last latents. Convolutions keep this layout only in forward passes without
+        # gradients, so policy and reference would round differently.
         return latents.contiguous(), conditioning | sizes
 
     def draw_noise(self, seeds: Sequence[int], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -378,8 +376,8 @@ class PairForward:
         """Invert each image to noise with the policy. Return timesteps `(2B,)` and noise `(2B, ...)`. The timesteps are
         the same as `draw_noise` would draw.
 
-        The policy predicts in its current mode (training or evaluation) and without classifier-free guidance. If the
-        inversion adds random noise, this noise differs between the two images of a pair.
+        The policy predicts in its current mode (training or evaluation) and without classifier-free guidance. Random
+        noise of the inversion differs between the two images of a pair.
         """
         assert policy is not None and self._inversion is not None and self.noise_settings.inversion is not None
         generators = generators_of(seeds)
@@ -437,8 +435,8 @@ class PairForward:
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
         """Return the reference's mean squared errors on a batch of the collator, `(2B,)` in float32.
 
-        The forward passes have the same batches as in training or evaluation, so that the errors round equally.
-        Training with `safeguard="parameter"` has one forward pass for winners and one for losers.
+        The forward passes have the batches of training or evaluation, so that errors round equally: with
+        `safeguard="parameter"`, one for winners and one for losers.
         """
         batch = self.noisy_batch(inputs)
         by_branch = training and self.loss_settings.safeguard == "parameter"
@@ -457,8 +455,8 @@ class PairForward:
         }
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
-        """Return the factors `(B,)` that multiply the losers' gradients besides the safeguard's lambda, for pairs with
-        the noise levels `(B,)`. Return `None` if neither `loser_noise_range` nor `winner_budget` is set."""
+        """Return the factors `(B,)` of the losers' gradients besides lambda, for noise levels `(B,)`, or `None` if
+        neither `loser_noise_range` nor `winner_budget` is set."""
         weights: torch.Tensor | None = None
         if self.loss_settings.loser_noise_range is not None:
             weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)
@@ -468,8 +466,8 @@ class PairForward:
         return weights
 
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        """Return the weights of the pairs' errors, `(B,)`, which depend on the timesteps. Return `None` if the settings
-        do not weight timesteps."""
+        """Return the weights of the pairs' errors by timestep, `(B,)`, or `None` if the settings do not weight
+        timesteps."""
         settings = self.loss_settings
         length = self.family.image_seq_len(batch.noisy)
         return self.family.noise_process.weights(
@@ -482,8 +480,7 @@ class PairForward:
 
 @contextlib.contextmanager
 def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Put networks into evaluation mode within the context. When the context ends, restore the mode that each module
-    had."""
+    """Put networks into evaluation mode within the context, and restore each module's mode afterwards."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()
@@ -496,8 +493,7 @@ def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
     """Return an input of the denoiser, such as prompt embeddings, with one row for each of `rows` images, winners
-    first. If `conditioning` has one row per pair, both images of the pair get this row. If `conditioning` already has
-    one row per image, it is returned unchanged.
+    first. A row per pair goes to both of its images; a row per image stays.
 
     Raises:
         ValueError: If there is neither one row per pair nor one per image.

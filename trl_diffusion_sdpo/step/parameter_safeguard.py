@@ -36,7 +36,7 @@ class _Branches:
 
 
 class ParameterSafeguard:
-    """Safeguard in parameter space: one backward pass for winners and one for losers. The two gradients give one lambda
+    """Safeguard in parameter space: one backward pass for winners and one for losers, whose gradients give one lambda
     (factor of the losers' gradient) per optimizer step.
 
     For each micro-batch, call [`~ParameterSafeguard.predict_pairs`], compute the loss of the predictions, and call
@@ -45,8 +45,8 @@ class ParameterSafeguard:
 
     Args:
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        low_memory (`bool`): Whether to hold the activations of winners and losers one after the other instead of
-            together, at the cost of one more forward pass of the losers.
+        low_memory (`bool`): Whether to hold the activations of winners and losers one after the other, for one more
+            forward pass of the losers.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class ParameterSafeguard:
         return self.gradients.backend.accumulating()
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
-        """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. The returned field `policy` is a
-        detached copy (a leaf), so the autograd graph of the loss ends at this copy. With `mask_anchor`, the field
-        `anchored` is a second leaf, at which the graph of the anchor ends."""
+        """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. Their `policy` is a detached copy
+        (a leaf), at which the autograd graph of the loss ends. With `mask_anchor`, `anchored` is a second leaf, for the
+        graph of the anchor."""
         batch = self._forward.noisy_batch(inputs, model)
         facts = self._forward.facts_of_pairs(inputs)
         if self._sorts_by_scores:
@@ -162,7 +162,7 @@ class ParameterSafeguard:
 
     def step(self) -> None:
         """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. Under DeepSpeed,
-        also step the optimizer. Under other engines, the Trainer steps the optimizer later."""
+        also step the optimizer, which the Trainer does later under other engines."""
         metrics, finite = self.gradients.combine()
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)
@@ -170,8 +170,8 @@ class ParameterSafeguard:
 
 
 def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[PairPredictions]) -> None:
-    """Raise `ValueError` if the loss does not depend on the predictions, or depends directly on other trained tensors
-    too. Other trained tensors would get no gradient, because the backward passes start from the predictions."""
+    """Raise `ValueError` if the loss does not depend on the predictions, or directly on other trained tensors too.
+    These would get no gradient: the backward passes start from the predictions."""
     nodes: list[Any] = [loss.grad_fn]
     for node in nodes:  # the list grows: it gets all nodes of the loss's autograd graph, which ends at the predictions
         if node is not None:

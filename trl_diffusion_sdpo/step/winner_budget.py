@@ -28,8 +28,7 @@ BUDGET_FILE = "winner_budget.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Number of pairs in the probe (the pairs on which errors are measured), and number of optimizer steps between two
-    measurements. Raises `ValueError` if a number is below 1."""
+    """Pairs in the probe, and optimizer steps between two measurements. Raises `ValueError` for a number below 1."""
 
     pairs: int = 32
     steps: int = 10
@@ -47,7 +46,7 @@ class ProbeInputs:
     """Pairs of the probe before they are encoded."""
 
     inputs: dict[str, Any]  # batch of the collator, on the device
-    # `False` for pairs that are repeated so that all processes have equally many pairs; their errors are ignored.
+    # `False` for repetitions that give all processes equally many pairs; their errors are ignored.
     counts: list[bool]
 
 
@@ -66,9 +65,8 @@ class WinnerBudget:
 
     Args:
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
-            instead of the errors of the policy's weights. At low noise levels, the errors of averaged weights vary less
-            between steps than the errors of the policy's weights.
+        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights to measure instead of the
+            policy's. At low noise levels, their errors vary less between steps.
     """
 
     def __init__(
@@ -88,9 +86,8 @@ class WinnerBudget:
         self._sorts_by_scores = sorts_by_scores
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
-        """Build the probe from `pairs`, and measure the probe's errors before the first step. In a resumed run, the
-        errors before the first step are read from the checkpoint. `policy` is the policy as the engine (DDP, FSDP2,
-        DeepSpeed) wrapped it."""
+        """Build the probe from `pairs`, and measure its errors before the first step; a resumed run reads them from the
+        checkpoint. `policy` is as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
         self.probe = self.make_probe(pairs)
         if self.controller.initial_errors.isnan().all():
             self.controller.initial_errors = self.measure(policy)
@@ -116,8 +113,8 @@ class WinnerBudget:
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> torch.Tensor:
-        """Return the winners' mean error on the probe in each noise bin, over all processes: `(num_noise_bins,)`. The
-        error is NaN in bins in which training uses no timestep."""
+        """Return the winners' mean error on the probe in each noise bin, over all processes: `(num_noise_bins,)`, NaN
+        where training uses no timestep."""
         sums = torch.zeros(2, self.controller.num_noise_bins, device=PartialState().device)
         weights = contextlib.nullcontext(policy) if self._average is None else self._average.active(policy)
         with eval_mode([policy]), weights as model:
@@ -156,8 +153,8 @@ class WinnerBudget:
     def _at_noise_bin(
         self, noise_bin: int, clean: torch.Tensor, conditioning: dict[str, torch.Tensor], seeds: list[int]
     ) -> NoisyBatch | None:
-        """Return latents with noise and timesteps that are drawn from the pairs' seeds. Return `None` if training uses
-        no timestep in the noise bin."""
+        """Return latents with noise and timesteps drawn from the pairs' seeds, or `None` if training uses no timestep
+        in the noise bin."""
         forward = self._forward
         process = forward.family.noise_process
         length = forward.family.image_seq_len(clean)
@@ -176,8 +173,7 @@ class WinnerBudget:
 def probe_inputs(
     items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
 ) -> list[ProbeInputs]:
-    """Return this process's share of the probe in batches. `to_inputs` is a function that collates pairs and moves the
-    batch to the device."""
+    """Return this process's share of the probe in batches. `to_inputs` makes a batch of pairs, on the device."""
     by_size: dict[Any, list[Any]] = {}
     for item in items:
         by_size.setdefault(item.get("pixel_values", item.get("moments")).shape, []).append(item)
@@ -185,8 +181,7 @@ def probe_inputs(
     for same in by_size.values():
         rows = same[rank::world]
         share = len(rows)
-        # With FSDP2 and DeepSpeed, all processes must run each forward pass together, so all processes get equally many
-        # rows.
+        # Under FSDP2 and DeepSpeed, processes run each forward pass together, so they get equally many rows.
         rows += same[:1] * (-(-len(same) // world) - share)
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
         probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]

@@ -1,4 +1,4 @@
-"""`DiffusionSDPOTrainer` and its settings, `DiffusionSDPOConfig`. Both classes are imported at their first use."""
+"""`DiffusionSDPOTrainer` and its settings, `DiffusionSDPOConfig`, both imported at their first use."""
 
 from typing import TYPE_CHECKING
 

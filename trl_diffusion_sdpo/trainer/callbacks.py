@@ -1,4 +1,4 @@
-"""Adds the callbacks that the settings need. (Callbacks that report on a run are in `reporting/run_callbacks.py`.)"""
+"""Which callbacks the settings need. (Those that report on a run are in `reporting/run_callbacks.py`.)"""
 
 from __future__ import annotations
 
@@ -44,19 +44,17 @@ def add_callbacks(
 ) -> None:
     """Add the callbacks that the settings need to `handler`, in the order in which they are called.
 
-    The callbacks are inserted before those of trackers (such as TensorBoard), because a tracker accepts no image after
-    its own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
+    They come before those of trackers (such as TensorBoard), because a tracker accepts no image after its own
+    `on_train_end`. A shorter progress bar replaces transformers'.
 
     Args:
-        interrupt ([`CheckpointOnInterrupt`]): Callback that says whether a signal has ended the training.
+        interrupt ([`CheckpointOnInterrupt`]): Says whether a signal has ended the training.
         images ([`TrackedImages`]): Sends plots to trackers.
-        samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images.
-        begin (`Callable`): Function to call before the first optimizer step.
-        after_step (`Callable`): Function to call after every optimizer step, with the step's number (the first step is
-            1).
-        evaluate (`Callable`): Function that evaluates the current weights.
-        end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
-            wrote.
+        samples ([`SampleImagesCallback`], *optional*): Generates sample images.
+        begin (`Callable`): Called before the first optimizer step.
+        after_step (`Callable`): Called after every optimizer step, with its number (the first is 1).
+        evaluate (`Callable`): Evaluates the current weights.
+        end (`Callable`): Prints at the end of training which files the run wrote, in the first process only.
     """
     callbacks: list[TrainerCallback] = [StepCallback(begin, after_step)]
     if train_dataset is not None:
@@ -73,8 +71,8 @@ def add_callbacks(
 
 
 def load_sample_scores(args: DiffusionSDPOConfig) -> SampleScores | None:
-    """Load the scorers in `sample_scorers`. Return `None` if there are no sample images to score. All processes must
-    call this function."""
+    """Load the scorers in `sample_scorers`, or return `None` without sample images to score. Call it in all
+    processes."""
     if not args.sample_scorers or not args.sample_prompts:
         return None
     return SampleScores(args.sample_scorers, args.sample_prompts, args.device, peers(args))
@@ -113,8 +111,8 @@ def make_sample_images(
 
 
 class StepCallback(TrainerCallback):
-    """Calls one function before the first optimizer step, and another function after every optimizer step, with the
-    step's number (the first step is 1)."""
+    """Calls one function before the first optimizer step, and another after every step, with its number (the first is
+    1)."""
 
     def __init__(self, begin: Callable[[], None], after_step: Callable[[int], None]):
         self._begin = begin
@@ -128,7 +126,7 @@ class StepCallback(TrainerCallback):
 
 
 class DataReportCallback(TrainerCallback):
-    """Logs the data report again at the end of training if training skipped pairs with unreadable images."""
+    """Logs the data report again at the end if training skipped pairs with unreadable images."""
 
     def __init__(self, pairs: Pairs):
         self._pairs = pairs

@@ -1,4 +1,4 @@
-"""Builds the components of a run: policy, LoRA, reference, VAE, text encoders, and the objects that compute a step."""
+"""The components of a run: policy, LoRA, reference, VAE, text encoders, and what computes a step."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def load_policy(
     *,
     denoiser: bool = True,
 ) -> LoadedModel:
-    """Load the pipeline whose denoiser trains, with complete (unsharded) weights in every process. If `denoiser` is
-    `False`, load the pipeline without the denoiser's weights."""
+    """Load the pipeline whose denoiser trains, unsharded in every process. `denoiser=False` leaves the denoiser's
+    weights out."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
     options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
@@ -63,8 +63,8 @@ def load_policy(
         options = start.with_recorded(options)
     if quantization_config is not None and peft_config is None and start.adapter is None:
         raise UserError(
-            "`quantization_config` needs `peft_config`, because quantized weights cannot be trained themselves. No "
-            "`peft_config` was passed. Pass a `LoraConfig`, or leave `quantization_config` out."
+            "`quantization_config` needs `peft_config`, because quantized weights cannot be trained themselves; got "
+            "none. Pass a `LoraConfig`, or leave `quantization_config` out."
         )
     with loading_unsharded(args):
         loaded = load_model(
@@ -89,7 +89,7 @@ def choose_trained_weights(
     """Add a LoRA if `peft_config` is set and no LoRA was loaded, and freeze all weights that do not train.
 
     Returns:
-        The name of the LoRA that trains (`None` in full tuning), and whether this function has added the LoRA.
+        The name of the LoRA that trains (`None` in full tuning), and whether it is new.
     """
     denoiser = loaded.denoiser
     if args.disable_dropout:
@@ -108,8 +108,8 @@ def choose_trained_weights(
             check_adapter_weight(denoiser, adapter)
             if peft_config is not None:
                 logger.warning(
-                    "`peft_config` has no effect, because the LoRA from %s is trained further, with its own rank, "
-                    "alpha and target modules.",
+                    "`peft_config` has no effect: the LoRA from %s trains further, with its own rank, alpha and target "
+                    "modules.",
                     loaded.adapter_source,
                 )
     halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
@@ -121,14 +121,13 @@ def choose_trained_weights(
         )
     if halves and autocast_dtype(args.mixed_precision) is None:
         raise UserError(
-            "A LoRA trains in float32, and can be combined with a half-precision base model only under autocast. Got a "
-            f"base model in {', '.join(halves)} without autocast. Set `bf16=True` or `fp16=True`."
+            "A LoRA trains in float32, and goes with a half-precision base model only under autocast. Got a base model "
+            f"in {', '.join(halves)} without autocast. Set `bf16=True` or `fp16=True`."
         )
     if args.save_full_pipeline and adapter is not None:
         raise UserError(
-            "`save_full_pipeline=True` needs full tuning, because the saved pipeline would not contain a LoRA. Got a "
-            "LoRA. Leave `save_full_pipeline` off, and load the saved LoRA into the base model with "
-            "`load_lora_weights`."
+            "`save_full_pipeline=True` needs full tuning: the pipeline would not contain the LoRA. Leave it off, and "
+            "load the saved LoRA into the base model with `load_lora_weights`."
         )
     if adapter is None:
         denoiser.requires_grad_(True)
@@ -159,17 +158,17 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Build the reference model. `adapter` is the name of the LoRA that trains. `added` says whether the trainer has
-    just created this LoRA; a new LoRA does not change the model's output yet."""
+    """Build the reference model. `adapter` is the name of the LoRA that trains. `added` says whether it is new, and so
+    does not change the model's output yet."""
     half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
         users_reference = load_ref_model(ref_model, loaded, args)
         if users_reference is loaded.denoiser:
             raise UserError(
-                "`model` and `ref_model` must be two objects. A shared object would train as the reference too, and "
-                f"all margins would stay 0. Got one {type(users_reference).__name__} for both. Leave `ref_model` out, "
-                "or pass a copy of the model."
+                f"`model` and `ref_model` must be two objects, got one {type(users_reference).__name__} for both. The "
+                "reference would train too, and all margins would stay 0. Leave `ref_model` out, or pass a copy of the "
+                "model."
             )
         is_changed = half_dtype is not None or args.sync_ref_model or by_engine(args)
         if is_changed and not isinstance(ref_model, (str, Path)):
@@ -197,8 +196,7 @@ def make_reference(
 
 
 def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
-    """Load the reference's denoiser. If `ref_model` is the output folder of a run that trained a LoRA, add that LoRA to
-    the denoiser."""
+    """Load the reference's denoiser, and the LoRA if `ref_model` is the output folder of a run that trained one."""
     start = StartingPoint("")
     options = args.ref_model_init_kwargs
     if isinstance(ref_model, (str, Path)):
@@ -225,7 +223,7 @@ def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfi
 
 
 def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> FrozenComponents:
-    """Move VAE and text encoders to their device, and set `args.vae_dtype` to the dtype that the VAE now has."""
+    """Move VAE and text encoders to their device, and set `args.vae_dtype` to the VAE's dtype."""
 
     def load() -> DiffusionPipeline:
         with loading_unsharded(args):
@@ -268,12 +266,12 @@ def make_reference_errors(
     loaders: BatchLoaders,
     to_inputs: Callable,
 ) -> ReferenceErrors | None:
-    """Return the object that computes the reference's errors before training, or `None` without
-    `precompute_ref_errors`. All processes must call this function together, before an engine shards the weights.
+    """Return what computes the reference's errors before training, or `None` without `precompute_ref_errors`. Call it
+    in all processes together, before an engine shards the weights.
 
     Args:
-        encoder_key ([`EncoderKey`]): Key that identifies VAE and text encoders in the cache.
-        to_inputs (`Callable`): Function that collates items into a batch and moves the batch to the device.
+        encoder_key ([`EncoderKey`]): Identifies VAE and text encoders in the cache.
+        to_inputs (`Callable`): Makes a batch of items, on the device.
     """
     reference = forward.reference
     if not isinstance(reference, PrecomputedReference):
@@ -295,8 +293,7 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, family: Family, key: EncoderKey, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return everything on which the reference's errors depend, except the data and the noise, as a part of the cache
-    key of these errors."""
+    """Return what the reference's errors depend on besides data and noise, as a part of their cache key."""
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
     return {
@@ -320,15 +317,14 @@ def reference_facts(
 
 
 def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
-    """Check the attention back end. With `torch_compile`, compile the repeated blocks of all denoisers, so that each
-    kind of block is compiled once.
+    """Check the attention back end. With `torch_compile`, compile the repeated blocks of all denoisers: each kind once.
 
-    DeepSpeed and FSDP wrap the blocks, and in some models the blocks are not most of the network. In these cases,
-    compile the reference and the averaged weights (`copies`) whole, and leave the model that trains to accelerate.
+    Where DeepSpeed or FSDP wraps the blocks, or they are not most of the network, compile the reference and the
+    averaged weights (`copies`) whole, and leave the model that trains to accelerate.
 
     Raises:
-        `ValueError`: If the attention has no backward pass, or if the model that trains would be compiled after the
-            errors of its reference are computed.
+        `ValueError`: If the attention has no backward pass, or the model that trains would be compiled after its
+            reference's errors.
     """
     check_attention(denoiser)
     if not args.torch_compile:
@@ -336,19 +332,18 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
     by_block = is_mostly_blocks(denoiser) and not by_engine(args)
     if args.precompute_ref_errors and not by_block:
         raise UserError(
-            "`precompute_ref_errors=True` with `torch_compile=True` needs one process or DDP, and a model that "
-            f"mostly consists of repeated blocks. Got a {type(denoiser).__name__}, which accelerate would compile "
-            "after the reference's errors are computed, so that policy and reference round differently. Leave one of "
-            "the two out."
+            "`precompute_ref_errors=True` with `torch_compile=True` needs one process or DDP, and a model that mostly "
+            f"consists of repeated blocks. accelerate would compile this {type(denoiser).__name__} after the "
+            "reference's errors, so policy and reference would round differently. Leave one of the two out."
         )
     backend = args.torch_compile_backend
     mode = args.torch_compile_mode
     compile_with_eager_rounding()
     if backend == "inductor" and args.loss_spec.needs_reference and args.should_log:
         logger.warning(
-            "`torch_compile` compiles the policy with gradients and the reference without, and the two programs may "
-            "round differently. Before the first step, margins are then near 0 instead of exactly 0. If "
-            "`rewards/margins` of the first step is far from 0, leave `torch_compile` off."
+            "`torch_compile` compiles the policy with gradients and the reference without, and the two may round "
+            "differently: margins start near 0 instead of at 0. If `rewards/margins` of the first step is far from 0, "
+            "leave `torch_compile` off."
         )
     for weights in copies:
         weights.compile(backend, mode, by_block=by_block)

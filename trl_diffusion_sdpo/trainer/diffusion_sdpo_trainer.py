@@ -93,10 +93,10 @@ from .run_data import PairPreparation, outline
 
 logger = logging.getLogger(__name__)
 
-FIRST_ZERO = "first_gradient_is_zero"  # value that goes with the metrics to the next log, and is not logged
+FIRST_ZERO = "first_gradient_is_zero"  # travels with the metrics to the next log, but is not logged
 
-# Settings that must be equal in all processes, in addition to `resume_settings()`. If a setting differed, one process
-# would evaluate or save alone and wait forever for the other processes.
+# Settings that must be equal in all processes, in addition to `resume_settings()`. If one differed, a process would
+# evaluate or save alone and wait forever for the others.
 SAME_IN_ALL_PROCESSES = (
     "max_steps",
     "num_train_epochs",
@@ -117,7 +117,7 @@ SAME_IN_ALL_PROCESSES = (
     "sample_scorers",
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
-# Files that are not uploaded. The Trainer's state contains paths of local folders.
+# Files that are not uploaded. The Trainer's state has local paths in it.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", TRAINER_STATE_NAME)
 
 check_trainer(Trainer)
@@ -125,7 +125,7 @@ check_trainer(Trainer)
 
 class DiffusionSDPOTrainer(Trainer):
     r"""
-    Trainer that tunes text-to-image diffusion models on preference pairs, with Diffusion-SDPO or a related method.
+    Trainer for text-to-image diffusion models and preference pairs, by Diffusion-SDPO or a related method.
 
     Example:
 
@@ -145,36 +145,33 @@ class DiffusionSDPOTrainer(Trainer):
 
     Args:
         model (`str`, `DiffusionPipeline` or `nn.Module`): Model to train (the policy): the Hub id, folder or file of a
-            pipeline, the output folder of a run, a pipeline object, or a denoiser. A denoiser is a UNet or a
-            transformer, or a [`~peft.PeftModel`] that contains a UNet or a transformer. A denoiser needs
-            `processing_class`.
+            pipeline, the output folder of a run, a pipeline object, or a bare denoiser (a UNet, a transformer or a
+            [`~peft.PeftModel`] around one), which needs `processing_class`.
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): Reference model, of any type that `model` may
-            have. If `None`, the reference is the policy before training. The trainer then gets the reference's
-            predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
-        args ([`DiffusionSDPOConfig`], *optional*): Settings, which the trainer copies. In the copy (`trainer.args`),
-            the trainer sets unset settings to defaults.
+            have. Leave it out for the policy as it was before training, which the trainer gets by switching the LoRA
+            off, or from a frozen copy of the LoRA or of the denoiser.
+        args ([`DiffusionSDPOConfig`], *optional*): Your settings. The trainer keeps its own copy in `trainer.args` and
+            fills in whatever you left out.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
             Preference pairs in a supported format.
-        eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation. Every
-            evaluation uses the same noise and timesteps.
+        eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation, with the
+            same noise and timesteps every time.
         processing_class (`DiffusionPipeline`, *optional*): Pipeline with the VAE, text encoders and scheduler of a
             `model` that is a bare denoiser.
-        data_collator (`Callable`, *optional*): Function that makes a batch from a list of items. If unset,
-            [`~trl_diffusion_sdpo.data.dataset.PreferenceCollator`] is used.
-        compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
-            The `predictions` have shape `(pairs, 2)` and are the implicit rewards of chosen and rejected images; the
-            `label_ids` are zeros.
-        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's own callbacks.
-        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler to use instead of the ones that `args`
-            describes.
-        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If
-            `target_modules` of `peft_config` is unset, the LoRA is added to the modules that diffusers' training script
-            for this model family uses.
-        quantization_config (*optional*): Quantization of the base model's weights, which are frozen under a LoRA, such
-            as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. `quantization_config` needs `peft_config`.
+        data_collator (`Callable`, *optional*): Makes a batch from a list of items. If unset,
+            [`~trl_diffusion_sdpo.data.dataset.PreferenceCollator`].
+        compute_metrics (`Callable`, *optional*): Takes an `EvalPrediction` and returns a dictionary of metrics.
+            `predictions`, of shape `(pairs, 2)`, are the implicit rewards of chosen and rejected images; `label_ids`
+            are zeros.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's own.
+        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler, instead of those in `args`.
+        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. Leave
+            its `target_modules` out for those of diffusers' training script for this model family.
+        quantization_config (*optional*): Quantization of the frozen base model, such as
+            `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. Needs `peft_config`.
 
     Raises:
-        `ValueError`: If models, data and settings cannot be used together. The error message says what to change.
+        `ValueError`: If models, data and settings do not go together. The message says what to change.
     """
 
     args: DiffusionSDPOConfig
@@ -191,8 +188,8 @@ class DiffusionSDPOTrainer(Trainer):
         "id": "2511.03317",
     }
 
-    # A subclass may set its own classes: `pair_forward_class` for the forward passes, and `parameter_safeguard_class`
-    # for training with `safeguard="parameter"`.
+    # A subclass may set its own: `pair_forward_class` for the forward passes, `parameter_safeguard_class` for
+    # `safeguard="parameter"`.
     pair_forward_class = PairForward
     parameter_safeguard_class = ParameterSafeguard
 
@@ -222,31 +219,30 @@ class DiffusionSDPOTrainer(Trainer):
         # 6. `train`: engine, optimizer and sharded copies of weights; then the safeguard: `_prepare_for_training`
         #
         # `engine` is made in step 2 but asks for objects of steps 4 and 6, so it gets functions that return them.
-        # `evaluate` and `log` are passed as lambdas too, because a user may replace these methods later.
+        # `evaluate` and `log` are lambdas too: a user may replace these methods later.
 
-        # Copy the user's settings, and check that all processes have the same settings.
+        # Copy the user's settings, and check that all processes have the same.
         args = copy_and_check_args(model, ref_model, args)
         settings_of_user = changed_settings(args, resume_settings())
         check_agreement({name: getattr(args, name) for name in (*resume_settings(), *SAME_IN_ALL_PROCESSES)})
-        # Load the scorers first, so that a failed download does not come after hours of encoding.
+        # Scorers first: a failed download must not come after hours of encoding.
         self.sample_scores = load_sample_scores(args)
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
 
-        # Load the model, and build all components that need no accelerator.
+        # The model, and all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
         self._build_components(loaded, ref_model, args, peft_config)
 
-        # Initialize the state that training and evaluation change.
+        # State that training and evaluation change.
         self._engine_ready = False
         self._parameter_safeguard: ParameterSafeguard | None = None
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
 
-        # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the averaged
-        # weights move to the device after that, because encoding needs the device's memory. (DeepSpeed and FSDP move
-        # these weights later.)
+        # Rows become pairs, encoded with `precompute_latents`. The reference and the averaged weights move to the
+        # device after that, because encoding needs its memory. (DeepSpeed and FSDP move them later.)
         self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         if not by_engine(args):
@@ -254,7 +250,7 @@ class DiffusionSDPOTrainer(Trainer):
                 weights.to(args.device)
         self._position: StreamPosition | None = None  # position in a stream, while an epoch of it trains
 
-        # Call the constructor of transformers' Trainer, which sets up accelerator, device, callbacks and repository.
+        # transformers' Trainer sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
@@ -269,9 +265,9 @@ class DiffusionSDPOTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = False  # transformers divides the loss (a mean) by the accumulation steps
 
-        # Set up the components that need the accelerator.
+        # Components that need the accelerator.
         self.engine.check(asked_engine(args))
-        # The user may pass a callback that handles signals. Among several, the last one replaces the others' handlers.
+        # A user may pass a callback that handles signals. The last one replaces the others' handlers.
         passed = [each for each in self.callback_handler.callbacks if isinstance(each, CheckpointOnInterrupt)]
         self.interrupt = passed[-1] if passed else CheckpointOnInterrupt()
         self._finite = FiniteCheck(
@@ -292,7 +288,7 @@ class DiffusionSDPOTrainer(Trainer):
             to_inputs=self._inputs_of,
         )
 
-        # Set up the objects that write the files of the run, and add the callbacks.
+        # What writes the files of the run, and the callbacks.
         self.run_folder = RunFolder(args, list(self.family.pipeline.components), REPORTS)
         self.run_files = RunFiles(
             args,
@@ -342,17 +338,16 @@ class DiffusionSDPOTrainer(Trainer):
     def _build_components(
         self, loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, peft_config: PeftConfig | None
     ) -> None:
-        """Build all components that need no `Accelerator`. Set unset settings in `args` to the defaults of the model
-        family and the loss.
+        """Build all components that need no `Accelerator`, and fill in unset settings of `args`.
 
         Raises:
-            `ValueError`: If model, reference and settings cannot be combined.
+            `ValueError`: If model, reference and settings do not go together.
         """
         self.pipeline = loaded.pipeline
         self.loss_spec = args.loss_spec
         denoiser = loaded.denoiser
 
-        # Choose the weights that train. Compute the fingerprint first, while the weights are unchanged.
+        # Choose the weights that train. The fingerprint comes first, while they are unchanged.
         for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
             check_unsharded(getattr(loaded.pipeline, name), name)
         weights_before = fingerprint(base_tensors(denoiser))
@@ -388,12 +383,10 @@ class DiffusionSDPOTrainer(Trainer):
 
         self.weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, self.adapter, whole_pipeline)
 
-        # Set unset settings to the defaults of the model family and the loss, and get the settings of noise and
-        # timesteps.
+        # Fill in unset settings.
         noise = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
 
-        # Move VAE and text encoders to their device. With `precompute_latents`, VAE and text encoders encode all pairs
-        # before training.
+        # Move VAE and text encoders to their device. With `precompute_latents`, they encode all pairs before training.
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
         self._encoder_key = EncoderKey(self.frozen_components, loaded, peers(args))
@@ -404,7 +397,7 @@ class DiffusionSDPOTrainer(Trainer):
         # Compile models and choose the attention back end.
         choose_kernels(denoiser, self._weight_copies, args)
 
-        # Build the objects that compute, adjust and measure a step.
+        # What computes, adjusts and measures a step.
         self._meter = MetricMeter()
         budget = None
         if args.winner_budget is not None:
@@ -446,11 +439,11 @@ class DiffusionSDPOTrainer(Trainer):
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, and `None` instead of the number of items, because losses are
-        means over pairs.
+        """Return the micro-batches of an optimizer step, and `None` for the number of items: losses are means over
+        pairs.
 
-        Micro-batches of a map-style data set are loaded one at a time, so that loading overlaps with training.
-        Micro-batches of a stream are all loaded before the step, because a stream may end within the step.
+        Map-style data are loaded one micro-batch at a time, so loading overlaps with training. A stream may end within
+        the step, so all its micro-batches are loaded first.
         """
         assert self.train_dataset is not None
         if not self.train_dataset.is_stream:
@@ -462,8 +455,8 @@ class DiffusionSDPOTrainer(Trainer):
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the data loader for an evaluation. If the data are the trainer's own `eval_dataset`, or a data set in
-        this `dict`, every call returns the same loader."""
+        """Return the data loader for an evaluation: for the trainer's own `eval_dataset`, or a data set in that `dict`,
+        always the same one."""
         own_sets = self._eval_sets()
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
@@ -488,7 +481,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig
     ) -> tuple[Pairs | None, Pairs | dict[str, Pairs] | None]:
-        """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
+        """Return the training and evaluation data as pairs, and choose `args.dataloader_num_workers` if it is
         `None`."""
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
@@ -510,11 +503,10 @@ class DiffusionSDPOTrainer(Trainer):
         return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
 
     def precompute_reference_errors(self) -> None:
-        """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
-        reference's memory.
+        """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free its
+        memory.
 
-        Without `precompute_ref_errors=True`, this method does nothing. `train` calls this method. All processes must
-        call this method together.
+        Does nothing without `precompute_ref_errors=True`. `train` calls it; if you do, call it in all processes.
         """
         if self._reference_errors is None:
             return
@@ -524,20 +516,19 @@ class DiffusionSDPOTrainer(Trainer):
         self._reference_errors.release()
 
     def _with_reference_errors(self, dataset: Any) -> Any:
-        """Add the reference's errors to the items of a data set if `precompute_ref_errors` is set. Return the data
-        set."""
+        """Return a data set, with `precompute_ref_errors` after adding the reference's errors to its items."""
         if self._reference_errors is not None and not dataset.has_reference_errors:
             check_prompt_padding("precompute_ref_errors", self.family, largest_batch(self.args))
             self._reference_errors.add_to(dataset)
         return dataset
 
     def _load_probe(self) -> list[ProbeInputs]:
-        """Return this process's share of the pairs on which `winner_budget` measures errors (the probe), in batches."""
+        """Return this process's share of `winner_budget`'s probe, in batches."""
         assert self.train_dataset is not None
         pairs = next(iter(self._eval_sets().values()), self.train_dataset)
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
-            batch_size = 1  # prompts were encoded one at a time, and padding would change their embeddings
+            batch_size = 1  # prompts were encoded one at a time; padding would change their embeddings
         if self.train_dataset.has_sources:
             batch_size = 1  # the sources of two pairs may have different sizes
         return probe_inputs(
@@ -555,14 +546,13 @@ class DiffusionSDPOTrainer(Trainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): Path of a `checkpoint-*` folder, or `True` for the
-                newest checkpoint in `output_dir`. `"latest"` also means the newest checkpoint, but training starts from
-                step 0 if there is no checkpoint.
+                newest in `output_dir`. `"latest"` is that too, but starts from step 0 if there is none.
 
         Raises:
-            `ValueError`: If there are no training data, or if the checkpoint is damaged, was written with other
-                settings, or contains files that could run code.
-            `FloatingPointError`: If a loss or a gradient is not finite, or if a weight is not finite when weights are
-                saved or training ends.
+            `ValueError`: If there are no training data, or the checkpoint is damaged, has other settings, or contains
+                files that could run code.
+            `FloatingPointError`: If a loss or a gradient is not finite, or a weight is not when weights are saved or
+                training ends.
             `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written.
             `DiskFullError`: If the disk has too little space for a checkpoint or an image.
         """
@@ -570,9 +560,8 @@ class DiffusionSDPOTrainer(Trainer):
             raise UserError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
         if self._engine_ready and self.engine.holds_shards:
             raise UserError(
-                "Under DeepSpeed and FSDP, `train` can be called only once per trainer, because the engine has "
-                "converted the weights. `train` was called a second time. To continue, make a new trainer and pass "
-                "`resume_from_checkpoint`."
+                "Under DeepSpeed and FSDP, a trainer can `train` only once, because the engine has converted the "
+                "weights. To continue, make a new trainer and pass `resume_from_checkpoint`."
             )
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
         if not self.train_dataset.is_stream:  # processes read different parts of streams
@@ -589,9 +578,8 @@ class DiffusionSDPOTrainer(Trainer):
                 return super().train(point, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """Prepare the model as transformers does, then set up the components that need the model with the engine's
-        wrapper."""
-        # Reset flags, because an earlier call of `train` may have stopped within an optimizer step.
+        """Prepare the model as transformers does, then set up what needs it in the engine's wrapper."""
+        # An earlier call of `train` may have stopped within an optimizer step.
         self.interrupt.reset()
         self._finite.reset()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
@@ -599,7 +587,7 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # The checkpoint is read below, when the reference and the averaged weights are sharded too.
+        # The checkpoint is read below, when reference and averaged weights are sharded too.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             self.engine.check_resumable(self.optimizer)
@@ -611,21 +599,20 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_optimizer_state(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # An earlier call of `train` made it for another wrapper of the model. Made here, it refuses an engine early.
+        # The one of an earlier `train` has another wrapper of the model. Made here, it refuses an engine early.
         self._parameter_safeguard = self._make_parameter_safeguard()
         return prepared
 
     @property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Object that computes training steps with `safeguard="parameter"`, or `None` with another safeguard. Each call
-        of `train` makes a new one, and a training step outside of `train` makes the first."""
+        """What computes training steps with `safeguard="parameter"`; `None` with another safeguard. Each `train` makes
+        a new one, and so does a first step outside of it."""
         if self._parameter_safeguard is None:
             self._parameter_safeguard = self._make_parameter_safeguard()
         return self._parameter_safeguard
 
     def _make_parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Return the object that computes training steps with `safeguard="parameter"`, or `None` with another
-        safeguard."""
+        """Make what [`parameter_safeguard`] returns."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -643,8 +630,8 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def _begin_steps(self) -> None:
-        """Before the first step of a new or resumed run, warn of settings that never have their turn, and measure the
-        winners' errors for `winner_budget`."""
+        """Warn of settings that never have their turn, and measure the winners' errors for `winner_budget`, before the
+        first step of a new or resumed run."""
         state = self.state
         state.compute_steps(self.args, state.max_steps)  # a checkpoint's state has the intervals of its own run
         self._first_step = state.global_step
@@ -654,7 +641,7 @@ class DiffusionSDPOTrainer(Trainer):
                 logger.warning(message)
             if state.global_step >= state.max_steps:
                 logger.warning(
-                    "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Increase "
+                    "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Raise "
                     "`max_steps` or `num_train_epochs` to continue.",
                     state.global_step,
                     state.max_steps,
@@ -663,9 +650,9 @@ class DiffusionSDPOTrainer(Trainer):
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
     def _after_step(self, step: int) -> None:
-        """After optimizer step number `step` (the first step is 1), update the averaged weights, the winner budget and
-        the synchronized reference, if the run has them and their update is due."""
-        self.optimizer.eval()  # a schedule-free optimizer has other weights within a step, for gradients only
+        """Update the averaged weights, the winner budget and the synchronized reference where they are due after
+        optimizer step number `step` (the first is 1)."""
+        self.optimizer.eval()  # a schedule-free optimizer has other weights within a step
         if self.average is not None:
             self.average.after_step(step)
         if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
@@ -674,8 +661,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.reference.update(self.args.ref_model_mixup_alpha)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks `max_steps`
-        only after a step."""
+        """Train for one epoch, unless the run has reached `max_steps`, which transformers checks only after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -705,12 +691,12 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device. Data loaders leave batches on the CPU, so only the current micro-batch takes
-        memory on the device. This method replaces transformers' method, because that method, under DeepSpeed, would
-        round scores, errors and encoded images to the dtype of the weights."""
+        memory there. Under DeepSpeed, transformers' method would round scores, errors and encoded images to the dtype
+        of the weights."""
         return on_device(inputs, self.args.device)
 
     def _inputs_of(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch from items, and move it to the device."""
+        """Make a batch of items, on the device."""
         return self._prepare_inputs(self.data_collator(items))
 
     def compute_loss(
@@ -720,12 +706,10 @@ class DiffusionSDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return the [`PreferenceLossOutput`]
-        of the batch.
+        """Return the scalar loss of a batch of B pairs, and with `return_outputs` its [`PreferenceLossOutput`] too.
 
-        A subclass may override this method to change the loss. This works with every safeguard. With
-        `safeguard="parameter"`, the autograd graph ends at the predictions, so terms that the subclass adds may depend
-        on the model only through the predictions.
+        Override it to change the loss; that works with every safeguard. With `safeguard="parameter"`, the autograd
+        graph ends at the predictions, so terms that you add may depend on the model only through them.
         """
         safeguard = self.parameter_safeguard if model.training else None
         predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
@@ -749,8 +733,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _training_step_by_branch(
         self, safeguard: ParameterSafeguard, model: nn.Module, inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """Train on one micro-batch, with one backward pass for winners and one for losers. After the last micro-batch
-        of an optimizer step, the safeguard combines the two gradients."""
+        """Train on one micro-batch, with one backward pass for winners and one for losers. The safeguard combines the
+        two gradients after the last micro-batch of an optimizer step."""
         model.train()
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
@@ -813,9 +797,8 @@ class DiffusionSDPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         if self.engine.holds_shards and not self._engine_ready:
             raise UserError(
-                "Under DeepSpeed and FSDP, a model can be evaluated only after `train` has set up the engine. "
-                "`evaluate` was called before `train`. Set `eval_on_start=True`, call `evaluate` after `train`, or "
-                "evaluate without DeepSpeed and FSDP."
+                "Under DeepSpeed and FSDP, a model can be evaluated only after `train` has set up the engine. Set "
+                "`eval_on_start=True`, call `evaluate` after `train`, or evaluate without DeepSpeed and FSDP."
             )
         settings = (description, prediction_loss_only, ignore_keys)
         output = self._measured_loop(dataloader, *settings, metric_key_prefix)
@@ -833,8 +816,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _measured_loop(
         self, dataloader: DataLoader, *settings: Any, weights: EMAWeights | None = None
     ) -> EvalLoopOutput:
-        """Evaluate once on all data, and return the output with the metrics of the pairs. The averaged weights
-        `weights` predict, or the policy's weights if `weights` is `None`."""
+        """Evaluate once on all data, with the averaged weights or (`weights` is `None`) the policy's. Return the output
+        with the metrics of the pairs."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
@@ -855,14 +838,14 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Gather the values of the pairs from all processes, without repeated pairs that only fill up a batch.
-        accelerate cannot find the repeated pairs itself in the last batch of a stream or of an image size."""
+        accelerate cannot find these in the last batch of a stream or of an image size."""
         gathered = self.accelerator.gather(values)
         counted = self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict:
-        """Judge by the last evaluation whether training has raised the error on preferred images, and whether the model
-        learned the preference. Without held-out pairs, the verdict is "unknown"."""
+        """Judge by the last evaluation whether training has raised the error on preferred images and taught the
+        preference. Without held-out pairs, the verdict is "unknown"."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)
@@ -882,9 +865,9 @@ class DiffusionSDPOTrainer(Trainer):
     def _warn_of_zero_gradient(self) -> None:
         """Warn that the first step has trained nothing."""
         logger.warning(
-            "The gradient of the first step (step %d) is exactly 0: this step has trained nothing. If `grad_norm` "
-            "stays 0, nothing will train. Check the loss and the safeguard (`loss_type=%r`, `safeguard=%r`), and the "
-            "scores, weights and masks of the pairs.",
+            "The gradient of the first step (step %d) is exactly 0: it has trained nothing, and if `grad_norm` stays "
+            "0, nothing will. Check the loss and the safeguard (`loss_type=%r`, `safeguard=%r`), and the scores, "
+            "weights and masks of the pairs.",
             self._first_step + 1,
             self.args.loss_type,
             self.args.safeguard,
@@ -896,8 +879,8 @@ class DiffusionSDPOTrainer(Trainer):
         self.run_files.load(Path(resume_from_checkpoint), self.model_wrapped)
 
     def _load_optimizer_state(self, checkpoint: str) -> None:
-        """Load the states of optimizer, schedule and loss scaler. If the engine (DeepSpeed or FSDP) shards weights, the
-        weights are loaded here too, because they are sharded by now."""
+        """Load the states of optimizer, schedule and loss scaler, and under an engine that shards weights (DeepSpeed,
+        FSDP) the weights too, which are sharded by now."""
         self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             if self.engine.holds_shards:
@@ -906,15 +889,15 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random state, which is the last thing that a resumed run does before its first step. Then make
-        up for an evaluation, because evaluations use random numbers too."""
+        """Restore the random state, the last thing before the first step of a resumed run. Then make up for an
+        evaluation, which uses random numbers too."""
         with self.run_files.reading():
             super()._load_rng_state(checkpoint)
         self._make_up_evaluation()
 
     def _make_up_evaluation(self) -> None:
-        """Evaluate (and save) before the first step of a resumed run if an interrupt has cancelled the evaluation that
-        was due after the checkpoint's step. Otherwise another checkpoint might become the best one."""
+        """Evaluate (and save) before the first step of a resumed run if an interrupt cancelled the evaluation due after
+        the checkpoint's step. Without it, another checkpoint might become the best one."""
         state = self.state
         is_done = any(is_evaluation(entry) and entry["step"] == state.global_step for entry in state.log_history)
         if is_done or state.global_step in (0, self._saved_step) or state.global_step != self._first_step:
@@ -933,10 +916,10 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the tuned weights in the formats of diffusers and PEFT. All processes must call this method.
+        """Write the tuned weights in the formats of diffusers and PEFT. Call it in all processes.
 
         Args:
-            output_dir (`str`, *optional*): Folder for the files. If unset, `args.output_dir` is used.
+            output_dir (`str`, *optional*): Folder for the files. If unset, `args.output_dir`.
         """
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         is_output_dir = folder.resolve() == self.run_folder.path.resolve()
@@ -974,8 +957,8 @@ class DiffusionSDPOTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _setup(self) -> dict[str, Any]:
-        """Return the content of the file that describes the run: model, data, engine and settings. A resumed run must
-        match the file that the earlier run wrote."""
+        """Return what describes the run: model, data, engine and settings. It is written to a file, which a resumed run
+        must match."""
         return {
             **self.weight_files.describe(),
             "reference": self.origin.reference,
@@ -1012,19 +995,19 @@ class DiffusionSDPOTrainer(Trainer):
         """Write the model card, `README.md` in the output folder.
 
         Args:
-            model_name (`str`, *optional*): Name of the model. If unset, the name of the output folder is used.
+            model_name (`str`, *optional*): Name of the model. If unset, the name of the output folder.
             dataset_name (`str`, *optional*): Hub id of the training data. If unset, the trainer's attribute
-                `dataset_name` is used.
-            tags (`str` or `list[str]`, *optional*): Tags in addition to the trainer's own tags.
-            license (`str`, *optional*): Identifier of the licence. If unset, the base model's licence applies.
+                `dataset_name`.
+            tags (`str` or `list[str]`, *optional*): Tags in addition to the trainer's own.
+            license (`str`, *optional*): Identifier of the licence. If unset, the base model's.
         """
         if self.is_world_process_zero():
             with naming_the_disk(self.args.output_dir):
                 self._write_card(model_name=model_name, dataset_name=dataset_name, tags=tags, license=license)
 
     def _end_report(self) -> None:
-        """Write the model card, and print which files the run has written and how to load the weights. Only the first
-        process calls this method."""
+        """Write the model card, and print which files the run has written and how to load the weights. For the first
+        process only."""
         self._write_card(keep_edited=True)
         loading_code = None if self.interrupt.stops else self.model_card.loading_code()
         report = logger.info if self.args.disable_tqdm else say
@@ -1052,12 +1035,11 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the Hub repository `args.hub_model_id` if it does not exist. All processes must call this method.
+        """Create the Hub repository `args.hub_model_id` if it does not exist. Call it in all processes.
 
         Args:
-            token (`str`, *optional*): Token for the Hub. If unset, `args.hub_token` is used.
-            private (`bool`, *optional*): Whether a new repository is private. If unset, `args.hub_private_repo` is
-                used.
+            token (`str`, *optional*): Token for the Hub. If unset, `args.hub_token`.
+            private (`bool`, *optional*): Whether a new repository is private. If unset, `args.hub_private_repo`.
 
         Raises:
             `PublishingError`: In all processes, if the Hub refuses or does not answer.
@@ -1073,12 +1055,11 @@ class DiffusionSDPOTrainer(Trainer):
     def push_to_hub(  # type: ignore[override]
         self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any
     ) -> Any:
-        """Upload the tuned weights and the model card to the Hub repository `args.hub_model_id`. Checkpoints, pickle
-        files and logs are not uploaded.
+        """Upload the tuned weights and the model card to the Hub repository `args.hub_model_id`, without checkpoints,
+        pickle files and logs.
 
-        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in
-        `args.output_dir`. A second call continues the upload without sending large files again that have already
-        arrived.
+        It saves the files in `args.output_dir` first, and they stay there if the upload fails. Call it again to
+        continue: large files that have arrived are not sent again.
 
         Args:
             commit_message (`str`, *optional*): Message of the commit.
@@ -1088,8 +1069,8 @@ class DiffusionSDPOTrainer(Trainer):
                 [`~DiffusionSDPOTrainer.create_model_card`].
 
         Returns:
-            In the first process, the result of [`~huggingface_hub.HfApi.upload_folder`], or a `Future` of this result
-            if `blocking` is `False`. In all other processes, `None`.
+            In the first process, the result of [`~huggingface_hub.HfApi.upload_folder`], or a `Future` of it if
+            `blocking` is `False`. In all others, `None`.
 
         Raises:
             `PublishingError`: In all processes, if the Hub refuses or does not answer.
@@ -1113,7 +1094,7 @@ class DiffusionSDPOTrainer(Trainer):
         return uploaded
 
     def _push_progress(self, checkpoint: Path) -> None:
-        """Upload the current weights during training, and the new checkpoint if `hub_strategy` asks for checkpoints."""
+        """Upload the current weights during training, and the new checkpoint if `hub_strategy` asks for it."""
         if not self.publisher.is_ready_for_progress():
             return
         with failing_together(PublishingError, during_upload=True):

@@ -1,6 +1,6 @@
-"""Data of a run: says how the trainer's settings read a user's rows, and what model and loss ask of the pairs.
+"""Data of a run: how its settings read a user's rows, and what model and loss ask of the pairs.
 
-`data/rows_to_pairs.py` makes the pairs. It knows neither the trainer's settings nor the model.
+`data/rows_to_pairs.py` makes the pairs, and knows neither settings nor model.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
-CHECKED_PROMPTS = 10_000  # the prompts of so many pairs, from the first, are checked for length
+CHECKED_PROMPTS = 10_000  # so many pairs, from the first, have their prompts checked for length
 
 
 class PairPreparation:
-    """Prepares the data of one trainer: rows become pairs, and images and prompts are encoded if `precompute_latents`
-    is set.
+    """Prepares the data of one trainer: rows become pairs, encoded with `precompute_latents`.
 
     Args:
         args ([`DiffusionSDPOConfig`]): The trainer's settings, after `check_and_complete`.
-        family ([`~trl_diffusion_sdpo.families.Family`]): The model family, whose tokenizers find the prompts that are
-            too long.
+        family ([`~trl_diffusion_sdpo.families.Family`]): The model family. Its tokenizers find prompts that are too
+            long.
     """
 
     def __init__(self, args: DiffusionSDPOConfig, loss: LossSpec, family: Family, encoding: PairEncoding | None):
@@ -56,12 +55,12 @@ class PairPreparation:
         return isinstance(dataset, Pairs) and dataset in self._own
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Pairs:
-        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. Data sets that this
-        method has returned before are not prepared again. All processes must call this method together."""
+        """Return a user's data as pairs, encoded with `precompute_latents`. What it has returned before is not prepared
+        again. Call it in all processes together."""
         if self.has_prepared(dataset):
             if self._args.precompute_ref_errors and dataset.is_for_training and not training:
-                # An evaluation has other noise and timesteps than training, so it cannot use reference errors that were
-                # computed for training.
+                # An evaluation has other noise and timesteps than training, so it cannot use training's reference
+                # errors.
                 return dataset.for_evaluation()
             return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
@@ -78,7 +77,7 @@ class PairPreparation:
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
-        """Count the prompts that a tokenizer truncates, and log their number and add it to the data report."""
+        """Count the prompts that a tokenizer truncates, for the log and the data report."""
         note = note_on_long_prompts(self._family, pairs.prompts(first=CHECKED_PROMPTS))
         if note:
             pairs.add_note(note)
@@ -94,9 +93,8 @@ def check_source_column(
     name: str,
     training: bool,
 ) -> None:
-    """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
-    takes none or fewer, if the pairs of a batch would have different numbers or sizes of them, or if `random_crop` is
-    on, which does not support source images."""
+    """Raise `ValueError` if the data have no source images but the model needs them, or more than it takes; if the
+    pairs of a batch would differ in their number or size; or with `random_crop`, which does not support them."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
@@ -108,8 +106,7 @@ def check_source_column(
         )
     if args.random_crop:
         raise UserError(
-            f"`random_crop` does not work with source images yet. Got {name} data with source images. Leave "
-            "`random_crop` out."
+            f"`random_crop` does not work with source images yet, which the {name} data have. Leave `random_crop` out."
         )
     assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
     batch = args.train_batch_size if training else args.eval_batch_size
@@ -125,7 +122,7 @@ def _blank(sizes: tuple[Size, ...]) -> list[Image.Image]:
 
 
 def check_full_batch(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` if training would drop its only batch, because the batch is incomplete."""
+    """Raise `ValueError` if training would drop its only batch as incomplete."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(pairs) < batch:
         raise UserError(
@@ -136,7 +133,7 @@ def check_full_batch(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
 
 
 def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None:
-    """Warn if some pairs are never trained on, or if all epochs after the first ones repeat their random choices."""
+    """Warn if some pairs never train, or if later epochs repeat the random choices of the first ones."""
     batch = pairs_of_a_step(args, args.train_batch_size)
     if pairs.sizes is not None and args.dataloader_drop_last:
         shuffled = args.train_sampling_strategy == "random"
@@ -163,8 +160,8 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
     for what, repeats in repeated.items():
         if repeats:
             logger.warning(
-                "With %s are drawn for `precompute_epochs=%d` epochs, and repeat in all later epochs. This run has %g "
-                "epochs. Raise `precompute_epochs` for new ones in each epoch.",
+                "With %s are drawn for `precompute_epochs=%d` epochs and repeat in later ones. This run has %g epochs. "
+                "Raise `precompute_epochs` for new ones in each epoch.",
                 what,
                 args.precompute_epochs,
                 round(epochs, 1),
@@ -172,8 +169,8 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
 
 
 def outline(dataset: Any) -> Any:
-    """Return a data set's type, number of rows and column names, without reading rows. For several data sets, return a
-    dictionary with these three values for each data set."""
+    """Return a data set's type, number of rows and column names, without reading rows; for several, a dictionary of
+    them."""
     if isinstance(dataset, PairMixture):
         dataset = dataset.by_name
     if isinstance(dataset, Mapping):
@@ -183,12 +180,10 @@ def outline(dataset: Any) -> Any:
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Pairs:
-    """Return a user's data as a torch data set of pairs. Every process prepares all rows. The first process checks the
-    images.
+    """Return a user's data as a torch data set of pairs. Every process prepares all rows; the first checks the images.
 
     Raises:
-        `ValueError`: If the columns match no format, if the data lack columns that the settings need, or if no pair is
-            usable.
+        `ValueError`: If the columns match no format or lack what the settings need, or no pair is usable.
     """
     scores = score_settings(args, loss, training=training)
     reads_scores = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
@@ -249,8 +244,7 @@ def check_identical(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """Return the settings that say how the scores in the data are used. The returned settings contain `pair_weights`
-    only for training (`training=True`)."""
+    """Return the settings of how scores are used, with `pair_weights` for training only."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
@@ -270,7 +264,7 @@ def score_reading(args: DiffusionSDPOConfig) -> ScoreReading:
         named = (scale for name, scale in SCORE_SCALES.items() if score_scale(name) == typed)
         return ScoreReading("range", next(named, ScoreScale()), typed=f"smpo_score_scale: {typed:g}")
     advice = (
-        "The data do not say the scale of their scores, so `smpo` divides differences of scores by 1. Score the images "
+        "The data do not say the scale of their scores, so `smpo` divides their differences by 1. Score the images "
         "with `trl-diffusion-sdpo pairs score`, or set `smpo_score_scale` in `loss_kwargs`."
     )
     return ScoreReading("range", advice=advice if "smpo" in names else None)

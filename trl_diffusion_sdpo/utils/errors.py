@@ -1,10 +1,10 @@
-"""Errors whose messages are written for users. The command line prints only the message, without a traceback."""
+"""Errors with messages for users. The command line prints only the message, without a traceback."""
 
 
 class UserError(ValueError):
     """Something you can fix: a setting, a file or the data. The message says how.
 
-    With several processes, those that did not find the problem themselves may raise a `RuntimeError` instead.
+    In other processes than the one that found it, it may be a `RuntimeError`.
 
     Example:
 
@@ -18,4 +18,4 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """Error for a loss, an error of the reference or a weight that is NaN or infinite."""
+    """A loss, an error of the reference or a weight is NaN or infinite."""

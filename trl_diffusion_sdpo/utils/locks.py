@@ -42,7 +42,7 @@ class FolderLock:
         elif not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "The disk of %s cannot lock files (%s). Make sure that no other run uses this folder at the same time.",
+                "The disk of %s cannot lock files (%s). Let no other run use this folder at the same time.",
                 self._file.parent,
                 problem,
             )

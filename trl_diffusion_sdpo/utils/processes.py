@@ -27,7 +27,7 @@ class Peers:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def gather_results(self, work: Callable[[], Any]) -> list[Any]:
-        """Call `work` in each process, and return all results by rank. All processes must call this method.
+        """Call `work` in each process, and return all results by rank. Call it in all processes.
 
         Raises:
             Exception: If `work` fails in any process. This process raises the error of `work`, and the others raise
@@ -48,8 +48,7 @@ class Peers:
         return [value for value, _ in gathered]
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """Call `compute` in the first process, and return its result in every process. All processes must
-        call this method."""
+        """Call `compute` in the first process, and return its result in every process. Call it in all processes."""
         return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 

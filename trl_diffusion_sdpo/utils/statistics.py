@@ -80,8 +80,7 @@ def win_rate(scores: np.ndarray, base: np.ndarray) -> WinRate:
     usable = present.any(axis=1)
     if not usable.any():
         raise UserError(
-            "A win rate needs a prompt and seed for which the images of both models have scores, but there is no such "
-            "prompt and seed."
+            "A win rate needs a prompt and seed with scores for the images of both models, and there is none."
         )
     difference = np.where(present, difference, np.nan)
     wins = (np.sign(difference) + 1) / 2  # 1 for a win, 0.5 for a tie, 0 for a loss

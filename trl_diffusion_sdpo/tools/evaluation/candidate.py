@@ -1,4 +1,4 @@
-"""Describe a model that takes part in an evaluation."""
+"""A model of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that takes part in an evaluation.
+    """A model of an evaluation.
 
     Args:
-        name (`str`): Name of the model in tables and file names. A name may contain letters, digits, dots, dashes
-            and underscores.
+        name (`str`): Name in tables and file names: letters, digits, dots, dashes and underscores.
         model (`str` or `DiffusionPipeline`): Hub id, folder of a pipeline, output folder of a training run, or loaded
             pipeline.
-        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. `lora` cannot be set for a loaded
-            pipeline: load the LoRA into the pipeline yourself.
-        scale (`float`, *optional*): How far to go from the base model (scale 0) to the tuned model (scale 1). Scales
-            above 1 extrapolate. The base model is this candidate without its LoRA. If the candidate has no LoRA, the
-            base model is the first model of the evaluation.
+        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Into a loaded pipeline, load it
+            yourself.
+        scale (`float`, *optional*): How far to go from the base model (0) to the tuned model (1) and beyond. The base
+            is this candidate without its LoRA, or if it has none the first model of the evaluation.
         form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): Whether `scale` multiplies the
             difference between the predictions of the tuned and the base model ([`preference_guidance`]), or the
             difference between their weights.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance
             acts, from 0 (clean image) to 1 (pure noise).
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. `call_kwargs` of a candidate
-            override those of [`ImageSettings`].
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. They override those of
+            [`ImageSettings`].
 
     Raises:
         `ValueError`: If the name cannot be part of a file name, `lora` is set for a loaded pipeline, or `scale`

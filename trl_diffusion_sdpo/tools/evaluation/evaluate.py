@@ -50,17 +50,17 @@ def evaluate_models(
     output_dir: str | Path,
     settings: ImageSettings | None = None,
 ) -> Evaluation:
-    """Generate images with all models, score the images, and compare each model with the first model.
+    """Generate images with all models, score them, and compare each model with the first.
 
-    Images and scores are saved in `output_dir`. After an interruption, call the function again with the same arguments
-    to continue. If accelerate launches several processes, the processes share the work.
+    Images and scores are saved in `output_dir`: call it again with the same arguments to continue after an
+    interruption. Several processes of accelerate share the work.
 
     Args:
         candidates (`Sequence[Candidate]`): The models. The first is the base model.
         prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads prompts
             from a file.
-        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. A scorer that was loaded on the CPU is
-            moved to the device of `settings` while it scores. Without scorers, the report only shows images.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. One on the CPU moves to the device of
+            `settings` while it scores. Without scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
 
@@ -68,8 +68,8 @@ def evaluate_models(
         `Evaluation`: The result, in every process.
 
     Raises:
-        `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
-            generated with other settings, or `output_dir` cannot be a folder.
+        `ValueError`: If there are no models, two models or scorers share a name, the folder has images of other
+            settings, or `output_dir` cannot be a folder.
 
     Example:
 
@@ -92,7 +92,7 @@ def evaluate_models(
         )
     listed = prompts if isinstance(prompts, PromptList) else distinct_prompts(prompts)
     if not candidates:
-        raise UserError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
+        raise UserError("An evaluation needs one or more models, got none. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [file_name(scorer.name) for scorer in scorers])
     folder = Path(output_dir)
@@ -131,9 +131,8 @@ def _evaluate(
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
                 raise UserError(
-                    f"{scorer_name} cannot compare {name} with {base}, because there is no prompt and seed for which "
-                    "the images of both models have scores. Black images have no score. Turn off the safety checker, "
-                    "or look at the images."
+                    f"{scorer_name} cannot compare {name} with {base}: no prompt and seed has scores for the images of "
+                    "both. Black images have no score. Turn off the safety checker, or look at the images."
                 )
 
     # Compare the models.
@@ -228,7 +227,7 @@ def score_rows(
     peers: Peers,
 ) -> np.ndarray:
     """Return the scores of images, or a judge's verdicts on pairs of images. Results that the same scorer has already
-    saved in the folder are not computed again. All processes must call this function.
+    saved in the folder are not computed again. Call it in all processes.
 
     Args:
         models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
@@ -296,7 +295,7 @@ def _notes(
             present = scored[np.isfinite(scored)]
             missing = scored.size - present.size - int(looks[model]["black"])
             if missing:
-                notes.append(f"{scorer} gave no score to {missing} images of {model}. These images are left out.")
+                notes.append(f"{scorer} gave no score to {missing} images of {model}, which are left out.")
             if present.size > 1 and np.ptp(present) == 0:
                 notes.append(f"{scorer} gave all images of {model} the same score, so its results are useless.")
     return notes

@@ -134,8 +134,8 @@ def generate_images(
     peers: Peers = ALONE,
     base: Candidate | None = None,
 ) -> None:
-    """Generate a model's images in batches, and skip each batch whose images are all in the folder already. All
-    processes must call this function.
+    """Generate a model's images in batches, and skip each batch whose images are all in the folder already. Call it in
+    all processes.
 
     Images are always grouped into the same batches, so a resumed call writes the same bytes as an uninterrupted call.
 

@@ -30,8 +30,8 @@ SHOWN_PROMPTS = 6  # number of prompts in each list of images
 SHOWN_SIDE = 512  # longer side of the images on the page, in pixels
 LIMITS = (
     "A scorer is a model of taste, not a person. If the same scorer also chose the training pairs, it favours the "
-    "tuned model. A win rate says how often an image is preferred, not by how much. The intervals show how much the "
-    "win rate could change with other prompts of the same kind. The intervals say nothing about other kinds of prompts."
+    "tuned model. A win rate says how often an image is preferred, not by how much. The intervals show how much it "
+    "could change with other prompts of the same kind, and say nothing about other kinds."
 )
 
 
@@ -60,7 +60,7 @@ def scale_sentence(sweep: Sweep, scorer: str) -> str:
     scale = sweep.recommended[scorer]
     kind = "of the weights" if sweep.form == "weights" else "of preference guidance"
     if scale is None:
-        return f"{sweep.name}: {scorer} recommends no scale {kind}, because there are too few prompts."
+        return f"{sweep.name}: {scorer} recommends no scale {kind}: there are too few prompts."
     as_good = ", the base model" if scale == 0 else ""
     return f"{sweep.name}: the recommended scale {kind} by {scorer} is {scale:g}{as_good}."
 

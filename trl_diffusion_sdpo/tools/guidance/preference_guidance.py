@@ -1,4 +1,4 @@
-"""Preference guidance: extrapolate from a reference's predictions to and beyond those of the tuned model."""
+"""Preference guidance: extrapolate from a reference's predictions beyond those of the tuned model."""
 
 from __future__ import annotations
 
@@ -42,20 +42,18 @@ def preference_guidance(
 ) -> Iterator[DiffusionPipeline]:
     """Within the context, guide a pipeline by the difference between the tuned model and a reference model.
 
-    In every denoising step, the denoiser's prediction is replaced by `reference + scale (policy - reference)`, where
-    `policy` is the tuned model's prediction. The pipeline's scheduler, classifier-free guidance, rescaling and
-    callbacks work as usual.
+    Every denoising step then predicts `reference + scale (policy - reference)`, where `policy` is the tuned model's
+    prediction. Scheduler, classifier-free guidance, rescaling and callbacks work as usual.
 
     Args:
-        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. The
-            pipeline's class must be one that this package supports (one with a [`Family`]). Modular pipelines of the
-            same models work too.
-        scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. At 1, images are those of the
-            tuned model, and the reference is not called. At 0, images are those of the reference if classifier-free
-            guidance is off. The form `"npo"` takes no scale.
+        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`, of a class
+            with a [`Family`] here. Modular pipelines of the same models work too.
+        scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0: 1 gives the tuned model's
+            images, without calling the reference; 0 gives the reference's if classifier-free guidance is off. The form
+            `"npo"` takes none.
         reference (`nn.Module` or `str`, *optional*): The reference: a denoiser of the same architecture, dtype and
-            device, or the name of an adapter on the pipeline's denoiser, for example of a LoRA that was trained with
-            `swap_labels=True`. By default, the reference is the pipeline's denoiser with its LoRA switched off.
+            device, or the name of an adapter on the pipeline's, such as a LoRA trained with `swap_labels=True`. By
+            default, the pipeline's denoiser with its LoRA switched off.
         form (`str`, *optional*, defaults to `"conditional"`): How predictions are combined under classifier-free
             guidance. In the formulas below, g is the strength of classifier-free guidance. The policy predicts c for
             the prompt and u for the negative prompt. The reference predicts c_r and u_r.
@@ -63,15 +61,15 @@ def preference_guidance(
             - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`.
             - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. Without classifier-free guidance, it has no effect.
 
-            Both need three predictions per step, one more than the pipeline without preference guidance.
+            Both need three predictions per step, one more than without preference guidance.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, from 0 (clean
-            image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, the noise level is the
-            flow-matching sigma with the same signal-to-noise ratio. By default, every step is guided.
+            image) to 1 (pure noise): sigma for flow matching, and for DDPM the flow-matching sigma with the same
+            signal-to-noise ratio. By default, all.
         allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
-            for a model that is distilled to few steps. We have not measured preference guidance of distilled models.
+            for a model that is distilled to few steps. Not measured.
 
     Returns:
-        A context manager that yields the pipeline. After the context, the pipeline is no longer guided.
+        A context manager that yields the pipeline, guided until it ends.
 
     Raises:
         `ValueError`: If an argument is invalid, the reference cannot be used with the pipeline, or the pipeline is
@@ -102,17 +100,16 @@ def preference_guidance(
             are_two and all(isinstance(end, Real) for end in interval) and 0.0 <= interval[0] < interval[1] <= 1.0
         ):
             raise UserError(
-                f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Noise level 0 is "
-                "the clean image, and 1 is pure noise."
+                f"`interval` must be two noise levels with `0 <= low < high <= 1`, got {interval!r}. 0 is the clean "
+                "image, 1 is pure noise."
             )
     family = _family_of(pipeline)
     denoiser = family.denoiser
     unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
     if unconditional is not None and form == "npo":
         raise UserError(
-            "The form 'npo' needs a denoiser that also makes the unconditional predictions. For these predictions, "
-            f"{family.name} has another network, `{family.unconditional_name}`, which is not tuned. Use the form "
-            "'conditional'."
+            f"The form 'npo' needs a denoiser that also makes the unconditional predictions, but {family.name} has "
+            f"another network for them, `{family.unconditional_name}`, which is not tuned. Use the form 'conditional'."
         )
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
@@ -147,9 +144,9 @@ def preference_guidance(
         )
     else:
         logger.warning(
-            "`preference_guidance` had no effect. The form 'npo' replaces the unconditional predictions of "
-            "classifier-free guidance, but the pipeline made no unconditional predictions. Raise the pipeline's "
-            "`guidance_scale`, or use the form 'conditional'."
+            "`preference_guidance` had no effect: the form 'npo' replaces the unconditional predictions of "
+            "classifier-free guidance, and the pipeline made none. Raise the pipeline's `guidance_scale`, or use the "
+            "form 'conditional'."
         )
 
 
@@ -189,8 +186,8 @@ def _checked_scale(scale: float | None, form: Form) -> float:
         )
     if scale > TRIED_SCALES:
         logger.warning(
-            "`scale` is %g, but we have measured no scale above %g. At larger scales, images become less diverse and "
-            "less realistic.",
+            "`scale` is %g, above the largest measured one (%g). Images become less diverse and less realistic as it "
+            "grows.",
             scale,
             TRIED_SCALES,
         )
@@ -200,8 +197,8 @@ def _checked_scale(scale: float | None, form: Form) -> float:
 def _check_denoiser(denoiser: nn.Module) -> None:
     if unwrap_module(denoiser) in _guided:
         raise UserError(
-            "Only one `preference_guidance` can guide a denoiser at a time. This denoiser is already guided, by an "
-            "outer context or through another pipeline that has the same denoiser. End that context first."
+            "Only one `preference_guidance` can guide a denoiser at a time. This one is already guided, by an outer "
+            "context or through another pipeline with the same denoiser. End that context first."
         )
     plain: Any = unwrap_module(denoiser)
     if isinstance(plain, CacheMixin) and plain.is_cache_enabled:

@@ -58,19 +58,19 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], name: str | None) ->
         )
     if name is None and not acting:
         raise UserError(
-            "Without `reference`, the reference is the denoiser with its LoRA switched off, so a LoRA must be active. "
-            f"No LoRA is active (loaded: {', '.join(loaded) or 'none'}). Load or activate a LoRA with "
-            "`load_lora_weights`, `set_adapters` or `enable_lora`. If the LoRA is merged or all weights were tuned, "
-            "pass the base model's denoiser as `reference`."
+            "Without `reference`, the reference is the denoiser with its LoRA switched off, so one must be active. No "
+            f"LoRA is active (loaded: {', '.join(loaded) or 'none'}). Load or activate one with `load_lora_weights`, "
+            "`set_adapters` or `enable_lora`. If the LoRA is merged or all weights were tuned, pass the base model's "
+            "denoiser as `reference`."
         )
     if any(layer.merged for layer in layers):
         raise UserError(
-            "The LoRA must not be merged into the weights, because it must be switched off for the reference. This "
-            "LoRA is merged. Call `unfuse_lora()` first."
+            "The LoRA must be switched off for the reference, but it is merged into the weights. Call `unfuse_lora()` "
+            "first."
         )
     if acting == [name]:
         raise UserError(
-            f"`reference` must differ from the active adapter. Got {name!r} for both. Activate the tuned adapter with "
+            f"`reference` must differ from the active adapter, got {name!r} for both. Activate the tuned adapter with "
             "`set_adapters`."
         )
 
@@ -80,8 +80,8 @@ def _check_denoiser(denoiser: nn.Module, reference: nn.Module) -> None:
     other = _plain(reference)
     if policy is other:
         raise UserError(
-            "`reference` must not be the pipeline's denoiser itself. Got the same module. Leave `reference` out to "
-            "use the denoiser with its LoRA switched off."
+            "`reference` must not be the pipeline's denoiser itself. Leave it out to use the denoiser with its LoRA "
+            "switched off."
         )
     difference = architecture_difference(policy, other)
     if difference is not None:

@@ -87,7 +87,7 @@ class PickLog:
         complete = content.rfind(b"\n") + 1
         if complete < len(content) and self._file is not None:
             logger.warning(
-                "The last line of %s was incomplete, because an earlier process was killed. The line was removed.",
+                "The last line of %s was incomplete, because an earlier process was killed. It is removed.",
                 self.path,
             )
             self._file.truncate(complete)

@@ -34,7 +34,7 @@ _JPEG_END = b"\xff\xd9"
 _JPEG_FILL = b"\xff\xff"
 PICKED = "Pairs of images of equal prompts, of which a person picked the better one."
 
-# Training advice for the cards. Its numbers come from the section "Aligned pairs" of docs/measurements.md.
+# Training advice for the cards. Its numbers come from the table of five kinds of pairs in benchmarks/studies/README.md.
 ALIGNED_ADVICE = (
     "The chosen and the rejected image of these pairs share most of their content. Train on them with the default "
     "safeguard, `safeguard: parameter` with `safeguard_mu: 0.8`, and never without one: on a small test model, plain "

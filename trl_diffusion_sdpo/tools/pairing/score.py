@@ -1,4 +1,4 @@
-"""Score the images of given pairs, and write a data set of the pairs with their scores and the scores' scale."""
+"""Score the images of given pairs, and write the pairs with their scores and these scores' scale."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def score_pairs(
     dataset_format: str | None = None,
     device: str | torch.device = "cpu",
 ) -> list[str]:
-    """Score the images of a data set of pairs, and write the pairs with their scores into a folder that training reads.
+    """Score the images of pairs, and write the pairs with their scores into a folder that training reads.
 
-    Each distinct image is scored once for each of its prompts. Scores are saved at once, so after an interruption you
-    can call the function again, and it continues. The labels still decide which image is chosen.
+    Each distinct image is scored once for each of its prompts. Scores are saved at once: call it again to continue
+    after an interruption. The labels still decide which image is chosen.
 
-    The folder gets one row for each pair, with `prompt` (or `chosen_prompt` and `rejected_prompt`), `chosen`,
-    `rejected`, `chosen_score` and `rejected_score` by the first scorer, `score_scales` (what the scores mean, which
-    losses read), and the other columns of the data set. With several scorers, `chosen_scores` and `rejected_scores`
-    list the scores of all scorers. Images in files stay where they are. `scores.json` describes the scorers.
+    The folder gets a row for each pair, with `prompt` (or `chosen_prompt` and `rejected_prompt`), `chosen`, `rejected`,
+    `chosen_score` and `rejected_score` by the first scorer, `score_scales` (what the scores mean, which losses read),
+    and the other columns of the data set. With several scorers, `chosen_scores` and `rejected_scores` list the scores
+    of all scorers. Images in files stay where they are. `scores.json` describes the scorers.
 
     Args:
         dataset (`datasets.Dataset` or `list[dict]`): Pairs in any format that training reads. See [`load_pairs`].
         scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
-        output_dir (`str` or `Path`): A new folder, or a folder that this function has written before.
+        output_dir (`str` or `Path`): A new folder, or one that it has written before.
         dataset_format (`str`, *optional*): Format of the columns. By default, the columns determine the format.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers that are on the CPU.
 
@@ -81,8 +81,8 @@ def score_pairs(
             image.
 
     Raises:
-        `ValueError`: If there is no scorer, one of the scorers is a judge or two have the same name, the data are a
-            stream or a mixture, the folder has other files, or no pair has scores.
+        `ValueError`: If there is no scorer, one is a judge or two share a name, the data are a stream or a mixture, the
+            folder has other files, or no pair has scores.
 
     Example:
 

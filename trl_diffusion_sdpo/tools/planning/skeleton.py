@@ -132,6 +132,6 @@ def _family(class_name: str, parts: dict[str, Any]) -> Family:
 def needs_values(name: str) -> UserError:
     """Return the error to raise for a model whose memory cannot be planned."""
     return UserError(
-        f"A plan simulates a step on tensors without values. {name} cannot be planned, because its tensor shapes "
-        "depend on values. Train with `--max_steps 2` instead, and read the peak of memory from your GPU."
+        f"A plan simulates a step on tensors without values, and the tensor shapes of {name} depend on values. Train "
+        "with `--max_steps 2` instead, and read the peak of memory from your GPU."
     )

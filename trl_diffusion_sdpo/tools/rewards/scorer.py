@@ -1,4 +1,4 @@
-"""Define the interface of scorers and base classes for scorers, and load scorers by name."""
+"""The interface of scorers, base classes for them, and loading by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
-    """Interface of a scorer: a callable that scores images for their prompts. Higher scores are better.
+    """A callable that scores images for their prompts. Higher is better.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): N images.
@@ -59,7 +59,7 @@ class Scorer(Protocol):
 
 
 class KnownScorer:
-    """Base class of this package's scorers, which may know the scale of their scores.
+    """Base class of this package's scorers. They may know the scale of their scores.
 
     Attributes:
         score_scale (`ScoreScale`): What the scores mean, as far as it is known. A subclass or an instance may set it.
@@ -70,7 +70,7 @@ class KnownScorer:
 
 
 class BatchedScorer(KnownScorer, ABC):
-    """Base class of scorers that score images in batches. A subclass implements `score_batch`.
+    """Base class of scorers that work in batches. Implement `score_batch`.
 
     Example:
 
@@ -86,8 +86,7 @@ class BatchedScorer(KnownScorer, ABC):
     ```
 
     Args:
-        name (`str`): Name of the scorer in tables and files. Scorers with different scores need different
-            names.
+        name (`str`): Name in tables and files. Scorers with different scores need different names.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the scorer's model.
         batch_size (`int`, *optional*, defaults to `16`): Number of images per batch.
 
@@ -130,8 +129,7 @@ class BatchedScorer(KnownScorer, ABC):
 
 
 class FunctionScorer(KnownScorer):
-    """A scorer that calls a function. The function takes a list of N images and a list of N prompts and returns N
-    numbers.
+    """A scorer from a function that takes a list of N images and one of N prompts and returns N numbers.
 
     Raises:
         `ValueError`: When the scorer is called, if the function does not return one finite score per image.
@@ -147,8 +145,8 @@ class FunctionScorer(KnownScorer):
 
 @contextlib.contextmanager
 def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
-    """Return a context manager that moves a scorer from the CPU to a device, and back to the CPU at the end. The scorer
-    thus occupies the device's memory only while it scores.
+    """Move a scorer from the CPU to a device within the context, so that it takes the device's memory only while it
+    scores.
 
     A scorer that is not on the CPU or is not a [`BatchedScorer`] is not moved.
 
@@ -241,8 +239,7 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
 
 
 def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
-    """Return a decorator that registers a function or class under a name. [`load_scorer`] then calls it to build a
-    scorer.
+    """Return a decorator that registers a function or class under a name, for [`load_scorer`] to build a scorer with.
 
     Raises:
         `ValueError`: If the name is already registered or contains a colon.
@@ -274,16 +271,16 @@ def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
 
 
 def scorer_names() -> list[str]:
-    """Return the names of all registered scorers. [`load_scorer`] accepts these names."""
+    """Return the names of all registered scorers, for [`load_scorer`]."""
     return sorted(_BUILDERS)
 
 
 def load_scorer(name: str, **settings: Any) -> Scorer:
-    """Return the scorer with a registered name, or the scorer or function with an import path `module:function`.
+    """Load a scorer by its registered name, or a scorer or function by its import path `module:function`.
 
     Args:
         name (`str`): A name in [`scorer_names`], or the import path `package.module:function` of a scorer or of a
-            function that takes a list of images and a list of prompts and returns one number per image.
+            function from a list of images and a list of prompts to one number per image.
         settings: Settings of a registered scorer, such as `device`, `batch_size`, `model` and `revision`.
 
     Raises:
@@ -319,8 +316,8 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         return scorer
     if ":" not in name:
         raise UserError(
-            f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or the "
-            "import path `module:function` of your own function."
+            f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or your "
+            "own function as `module:function`."
         )
     if settings:
         raise UserError(
@@ -368,10 +365,10 @@ _LOADED = "_loaded"  # attribute of a scorer with what `load_scorer` knows of it
 
 
 def describe_scorer(scorer: Scorer) -> dict[str, Any]:
-    """Return what a scorer's scores depend on, as JSON: name, code, and all settings and weights that
-    [`load_scorer`] used. Saved scores are used again only by a scorer with the same description.
+    """Return what a scorer's scores depend on, as JSON: name, code, and the settings and weights that [`load_scorer`]
+    used. Saved scores are only used again by a scorer with the same description.
 
-    The settings of a scorer that [`load_scorer`] did not load are only known by the scorer's name.
+    A scorer that [`load_scorer`] did not load shows its settings only by its name.
     """
     made_by = scorer.function if isinstance(scorer, FunctionScorer) else type(scorer)
     return plain({"name": scorer.name, "code": _code(made_by), **vars(scorer).get(_LOADED, {})})
@@ -387,8 +384,8 @@ def saved_scores(folder: Path, scorer: Scorer) -> Path:
     """Return the path, without an ending, of the scores that a scorer saves in a folder. The description of the scorer
     lies beside it as JSON.
 
-    The path contains a hash of the description, so that scores of another scorer with the same name are never read or
-    overwritten. If there are such scores, log what differs.
+    The path has a hash of the description, so scores of another scorer with this name are never read or overwritten. If
+    there are any, log what differs.
     """
     description = describe_scorer(scorer)
     name = file_name(scorer.name)

@@ -1,4 +1,4 @@
-"""The class of all settings, and functions that parse text from YAML or a command line into values of settings."""
+"""The class of all settings, and the parsers of their text from YAML or a command line."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ class AllArguments(  # type: ignore[misc]  # `dataloader_num_workers` may be `No
     RunArguments,
     TrainingArguments,
 ):
-    """All settings as plain fields. The subclass [`DiffusionSDPOConfig`] parses and checks the values of the
-    settings."""
+    """All settings as plain fields. The subclass [`DiffusionSDPOConfig`] parses and checks their values."""
 
     def __new__(cls, *args: Any, **settings: Any) -> AllArguments:
-        refuse_renamed(settings)  # the generated `__init__` would only say that it does not know the name
+        refuse_renamed(settings)  # the generated `__init__` would only say that it does not know it
         return super().__new__(cls)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Parsed type annotation of a setting."""
+    """Type annotation of a setting, parsed."""
 
     types: frozenset[Any]  # without `None`
     is_optional: bool  # whether the setting may be `None`
@@ -52,7 +51,7 @@ class Setting:
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """Return the parsed type annotation of each setting of a configuration class, by the setting's name."""
+    """Return the [`Setting`] of each field of a configuration class, by name."""
     hints = get_type_hints(config, include_extras=True)
     return {field.name: _setting(hints[field.name]) for field in fields(config)}
 
@@ -75,8 +74,8 @@ def _number_or_name(value: str) -> float | str:
 
 
 def settled_number(name: str, value: Any) -> float:
-    """Return a value of the setting `name`, such as the text `"1e-4"`, as a number. Raise `ValueError` if it is not a
-    number."""
+    """Return a value of the setting `name`, such as the text `"1e-4"`, as a number. Raise `ValueError` if it is
+    none."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -84,15 +83,15 @@ def settled_number(name: str, value: Any) -> float:
 
 
 def settled_loss_type(value: Any) -> str | list[str]:
-    """Return `loss_type` as a string if there is one name, and as a list if there are several names. (A command line
-    passes a single name as a list.) `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
+    """Return `loss_type` as a string if it is one name, and as a list if there are several. (A command line passes one
+    name as a list too.) `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
     names = [CHOICE_ALIASES.get(name) or name for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
 
 
 def settled_mapping(name: str, value: Any) -> dict[str, Any]:
-    """Return the value of the setting `name` as a dictionary, and convert text such as `"1e-3"` in it to numbers. (YAML
-    reads `1e-3` as text.) `None` becomes an empty dictionary.
+    """Return the value of the setting `name` as a dictionary, with text such as `"1e-3"` as numbers (YAML reads `1e-3`
+    as text). `None` becomes an empty dictionary.
 
     Raises:
         `ValueError`: If `value` is not a mapping.
@@ -106,7 +105,7 @@ def settled_loss_kwargs(value: Any) -> dict[str, float]:
     """Return the constants in `loss_kwargs` as numbers.
 
     Raises:
-        `ValueError`: If `value` is not a mapping, or one of its values is not a number.
+        `ValueError`: If `value` is no mapping to numbers.
     """
     numbers = settled_mapping("loss_kwargs", value)
     if isinstance(numbers.get("smpo_score_scale"), str):
@@ -123,8 +122,8 @@ def settled_resolution(value: Any) -> list[int] | None:
     """Return `resolution`, the size of training images, as `[height, width]`.
 
     Args:
-        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size that was set in Python, in YAML or on a
-            command line. A command line passes a single number as a list.
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size from Python, YAML or a command line, which
+            passes a single number as a list.
 
     Raises:
         `ValueError`: If `value` is not one or two whole numbers of at least 8 pixels.
@@ -143,7 +142,7 @@ def settled_resolution(value: Any) -> list[int] | None:
 
 @contextlib.contextmanager
 def temporarily(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object within the context, and restore their old values afterwards."""
+    """Set attributes of an object within the context, and restore them afterwards."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)

@@ -1,4 +1,4 @@
-"""Checks of the settings that need no model. (`complete.py` has the checks that need the model.)"""
+"""Checks of the settings without a model. (Those with one are in `complete.py`.)"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 
-# Intervals of settings of transformers, which transformers and the libraries below it check late or not at all.
+# Intervals of settings that transformers and the libraries below it check late or not at all.
 _INHERITED_RANGES = {
     "learning_rate": Range("[0, inf)"),
     "max_grad_norm": Range("[0, inf)", "Use 0 to leave gradients as they are."),
@@ -47,7 +47,7 @@ _INHERITED_RANGES = {
 
 @dataclass(frozen=True)
 class WeightingConstants(TimestepSampling):
-    """All constants in `weighting_kwargs`: those of the density of timesteps, and the gamma of min-SNR."""
+    """All constants in `weighting_kwargs`: those of the density of timesteps, and min-SNR's gamma."""
 
     snr_gamma: float = SNR_GAMMA
 
@@ -58,8 +58,8 @@ class WeightingConstants(TimestepSampling):
 
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` if a setting has a value that is not allowed, or if two settings exclude each other. Warn
-    about settings that have no effect."""
+    """Raise `ValueError` if a value is not allowed or two settings exclude each other. Warn about settings without
+    effect."""
     for name, setting in settings_of(type(args)).items():
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
@@ -79,8 +79,7 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args)):
         raise UserError(message)
     for message in _without_effect(args, loss):
-        # With this level, the warning shows the user's line, because the user's line calls `__init__`, `__init__` calls
-        # `__post_init__`, and `__post_init__` calls this function.
+        # The user's line calls `__init__`, which calls `__post_init__`, which calls this: the level shows that line.
         warnings.warn(message, stacklevel=4)
 
 
@@ -120,8 +119,7 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
 
 
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` if a setting of transformers has a value that cannot be used with diffusion models, or that
-    nothing could be trained with."""
+    """Raise `ValueError` if a setting of transformers does not fit diffusion models, or would train nothing."""
     for name, allowed in _INHERITED_RANGES.items():
         value = getattr(args, name)
         if value is not None and value not in allowed:
@@ -167,7 +165,7 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
 
 
 def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield an error message for each setting that cannot be used with the loss or the safeguard in `args`."""
+    """Yield an error message for each setting that does not go with the loss or the safeguard."""
     if not loss.uses_loser:
         for name in ("loser_noise_range", "winner_budget"):
             if getattr(args, name) is not None:
@@ -179,19 +177,19 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
             )
     for reason, advice in setting_obstacles(args) if args.safeguard == "parameter" else ():
         yield (
-            "`safeguard='parameter'` runs one backward pass for winners and one for losers before weights change, but "
+            "`safeguard='parameter'` needs a backward pass for winners and one for losers before weights change, but "
             f"{reason}. {advice}, or use `safeguard='output'`."
         )
     if args.sync_ref_model and not loss.needs_reference:
         yield (
-            f"`sync_ref_model=True` needs a loss with a reference, got {args.loss_type!r}. Leave it off, or choose a "
-            "loss with a reference."
+            f"`sync_ref_model=True` needs a loss with a reference, got {args.loss_type!r}. Leave it off, or choose "
+            "another loss."
         )
     if args.mask_anchor and (args.precompute_ref_errors or not loss.needs_reference):
         reason = "`precompute_ref_errors=True`" if args.precompute_ref_errors else f"the loss {args.loss_type!r}"
         yield (
-            f"`mask_anchor={args.mask_anchor}` needs the reference's prediction at every step, but with {reason} the "
-            "reference does not predict during training. Leave one of the two out."
+            f"`mask_anchor={args.mask_anchor}` needs the reference's prediction at every step, but there is none with "
+            f"{reason}. Leave one of the two out."
         )
     precomputed = {
         f"The loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
@@ -208,7 +206,7 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
         "`calibrated_scores` reads the scores of the data set's losers": args.calibrated_scores,
         "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
         "`aspect_ratio_buckets` trains a pair at the size that fits its winner, so a loser from another pair could be "
-        "cropped much more than winners are": args.aspect_ratio_buckets,
+        "cropped much more": args.aspect_ratio_buckets,
         "`precompute_latents` with `random_crop` stores each image with the crop of its own pair, but both images of a "
         "pair need one crop": args.precompute_latents and args.random_crop,
     }
@@ -222,7 +220,7 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
 
 
 def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
-    """Yield an error message for each forbidden combination of settings that `_conflicts_of_losses` does not check."""
+    """Yield an error message for each other combination of settings that is not possible."""
     span = args.timestep_range
     if span is not None:
         is_span = len(span) == 2 and all(isinstance(end, int) for end in span) and 0 <= span[0] < span[1]
@@ -256,13 +254,12 @@ def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
     for name in ("random_flip", "random_crop"):
         if args.noise_source == "generated" and getattr(args, name):
             yield (
-                "`noise_source='generated'` needs unchanged images, because the noise from which an image was "
-                f"generated does not fit its mirror image or a part of it. Got `{name}=True`. Set `{name}=False`."
+                "`noise_source='generated'` needs unchanged images: the noise of an image does not fit its mirror "
+                f"image or a part of it. Got `{name}=True`. Set `{name}=False`."
             )
     if args.ema_decay is not None and args.sync_ref_model:
         yield (
-            "`ema_decay` needs a reference that does not change. Got `sync_ref_model=True`, which changes the "
-            "reference. Leave one of the two out."
+            "`ema_decay` needs a reference that does not change, got `sync_ref_model=True`. Leave one of the two out."
         )
     if args.on_winner_rise == "stop" and args.eval_strategy == "no":
         yield (
@@ -272,8 +269,7 @@ def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
 
 
 def without_turn(args: DiffusionSDPOConfig, max_steps: int) -> Iterator[str]:
-    """Yield a warning for each setting that acts every few steps, if its first turn comes after the last of `max_steps`
-    steps."""
+    """Yield a warning for each setting that acts every few steps and whose first turn would come after `max_steps`."""
     evaluates = args.on_winner_rise == "stop" and args.eval_strategy == "steps"
     intervals = {
         "winner_budget": ("`steps` of `winner_budget_kwargs`", ProbeSettings(**args.winner_budget_kwargs).steps),
@@ -283,14 +279,13 @@ def without_turn(args: DiffusionSDPOConfig, max_steps: int) -> Iterator[str]:
     for name, (interval, steps) in intervals.items():
         if getattr(args, name) and steps is not None and steps >= max_steps:
             yield (
-                f"`{name}={getattr(args, name)}` has no effect in a run of {max_steps} steps, because it acts every "
-                f"{steps:g} steps. Lower {interval}, or leave `{name}` out."
+                f"`{name}={getattr(args, name)}` has no effect in a run of {max_steps} steps: it acts every {steps:g}. "
+                f"Lower {interval}, or leave `{name}` out."
             )
 
 
 def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
-    """Return `metric_for_best_model` without the prefix `eval_` if this metric is a score of sample images. Return
-    `None` for other metrics."""
+    """Return `metric_for_best_model` without the prefix `eval_` if it is a score of sample images, else `None`."""
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     return metric if metric.startswith(PREFIX) else None
 
@@ -299,9 +294,9 @@ def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
 
 
 def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a warning for each setting that has no effect with this loss or without another setting."""
+    """Yield a warning for each setting without effect."""
     if not loss.uses_beta and args.beta is not None:
-        yield f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta."
+        yield f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has no beta."
     for name, weight in loss_weights_by_name(args.loss_type, args.loss_weights).items():
         if not weight:
             yield f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0."
@@ -321,7 +316,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)
     defaults = {field.name: field.default for field in fields(args)}
-    # Each row has settings, whether their condition is met, and the condition in words.
+    # Each row: settings, whether their condition is met, the condition in words.
     needs = (
         (("inversion_kwargs",), args.noise_source == "inversion", "`noise_source='inversion'`"),
         (("winner_budget_kwargs",), args.winner_budget is not None, "`winner_budget`"),
@@ -346,6 +341,6 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
                 yield f"`{name}` has no effect without {needed}."
     if args.precompute_epochs != 1 and not (crops or args.precompute_ref_errors):
         yield (
-            "`precompute_epochs` only has an effect with `precompute_ref_errors`, or with both `precompute_latents` "
-            "and `random_crop`."
+            "`precompute_epochs` has no effect without `precompute_ref_errors`, or both `precompute_latents` and "
+            "`random_crop`."
         )

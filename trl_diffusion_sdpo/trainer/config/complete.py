@@ -1,7 +1,7 @@
-"""Sets unset settings to the defaults of the model family and the loss, and checks all settings against the model and
-the machine.
+"""Fills in unset settings with the defaults of the model family and the loss, and checks all against the model and the
+machine.
 
-The functions at the end compute values from several settings.
+The functions at the end derive values from several settings.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from .default_safeguard import default_safeguard, has_dropout
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
-FAR = 100  # a `beta` that differs from its default by a larger factor is probably a mistake
+FAR = 100  # a `beta` further from its default, as a factor, is probably a mistake
 DRAWN = 10_000  # number of timesteps that are compared with an inversion's grid
-NOTABLE = 0.01  # share of drawn timesteps without noise from which on there is a warning
+NOTABLE = 0.01  # share of drawn timesteps without noise that is worth a warning
 
 # ---- Before the model is loaded -------------------------------------------------------------------------------------
 
 
 def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
-    """Check the settings as far as possible without a model, and return a copy of the settings for the trainer.
+    """Check the settings as far as possible without a model, and return the trainer's copy of them.
 
     Raises:
         `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs or has fp16 without one, two
@@ -62,7 +62,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
         )
     if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which does not copy the reference
         raise UserError(
-            f"Each process trains on one GPU, but this process sees {args.n_gpu} GPUs. Start one process per GPU with "
+            f"Each process trains on one GPU, but this one sees {args.n_gpu}. Start one process per GPU with "
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES=0 to use one GPU."
         )
@@ -71,14 +71,14 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     check_deepspeed_precision(args)
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise UserError(
-            "Only one of `ref_model` and `ref_model_name_or_path` may name the reference. Got a "
+            "Only one of `ref_model` and `ref_model_name_or_path` may name the reference, got a "
             f"{type(ref_model).__name__} and {args.ref_model_name_or_path!r}. Leave one of the two out."
         )
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
     refuse_own_start(args.output_dir, (model, args.adapter_name_or_path, ref_model))
     if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
         raise UserError(
-            "`ref_model_init_kwargs` only apply if `ref_model` is a Hub id or a folder, got "
+            "`ref_model_init_kwargs` needs a `ref_model` that is a Hub id or a folder, got "
             f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave `ref_model_init_kwargs` out."
         )
     if args.should_save:
@@ -92,7 +92,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             ) from error
     args = copy.copy(args)
     if args.ddp_broadcast_buffers is None:
-        args.ddp_broadcast_buffers = False  # DDP would send buffers in every step, but denoisers never change theirs
+        args.ddp_broadcast_buffers = False  # denoisers never change their buffers
     return args
 
 
@@ -102,8 +102,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
 def check_and_complete(
     args: DiffusionSDPOConfig, loaded: LoadedModel, loss: LossSpec, *, adapter: str | None
 ) -> NoiseSettings:
-    """Check the settings against the model, and set unset settings in `args` to the defaults of the model family and
-    the loss. Return the settings of noise and timesteps.
+    """Check the settings against the model, and fill in the unset ones with the defaults of the model family and the
+    loss. Return the settings of noise and timesteps.
 
     Raises:
         `ValueError`: If the model cannot train with the settings.
@@ -111,9 +111,9 @@ def check_and_complete(
     family, denoiser = loaded.family, loaded.denoiser
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise UserError(
-            "`guidance_scale` needs a denoiser that takes the guidance scale as an input. Got "
-            f"{args.guidance_scale} for {family.name}, whose denoiser has no such input. Leave `guidance_scale` unset. "
-            "To set the guidance of sample images, use `sample_kwargs`."
+            f"`guidance_scale` needs a denoiser that takes it as an input. Got {args.guidance_scale} for "
+            f"{family.name}, whose denoiser does not. Leave it unset; for the guidance of sample images, use "
+            "`sample_kwargs`."
         )
     complete_args(args, family, full=adapter is None)
     check_resolution(args, family)
@@ -121,7 +121,7 @@ def check_and_complete(
     timesteps = checked_timesteps(args, family)
     check_noise_range(args, family, timesteps)
 
-    # Refuse dropout if the settings need two equal predictions of the same input.
+    # No dropout where two predictions of the same input must be equal.
     if args.safeguard == "parameter" and args.safeguard_settings.low_memory:
         refuse_dropout(denoiser, "`low_memory` of `safeguard_kwargs`")
     if args.precompute_ref_errors:
@@ -129,27 +129,27 @@ def check_and_complete(
     checkpoints, _ = activation_checkpointing(args)
     if checkpoints and not checkpoints_activations(denoiser):
         raise UserError(
-            "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser with checkpointing. Got a "
-            f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
-            "use smaller micro-batches, or `low_memory` of `safeguard_kwargs` with `safeguard='parameter'`."
+            "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser that has it, got a "
+            f"{type(denoiser).__name__} without. Leave it off, and save memory by smaller micro-batches, or by "
+            "`low_memory` of `safeguard_kwargs` with `safeguard='parameter'`."
         )
     inversion = checked_inversion(args, family, timesteps)
     return NoiseSettings(timesteps, args.noise_offset, inversion)
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
-    """Raise `ValueError` if a denoiser has active dropout. `what` names the setting under which the denoiser predicts
-    the same images twice, for the error message."""
+    """Raise `ValueError` if a denoiser has active dropout. `what` names the setting that needs two equal
+    predictions."""
     if has_dropout(denoiser):
         raise UserError(
-            f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
-            "random. Set `disable_dropout=True`, or leave the setting out."
+            f"{what} needs two equal predictions of the same images, but the denoiser has dropout. Set "
+            "`disable_dropout=True`, or leave the setting out."
         )
 
 
 def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Image]:
-    """Return the images that `sample_prompts` edit. They are cropped to the shape of `args.resolution`, as in training,
-    unless the source determines the size of the sample image. `args.resolution` must be set.
+    """Return the images that `sample_prompts` edit, cropped to the shape of `args.resolution` as in training, unless
+    the source determines the size of the sample image. `args.resolution` must be set.
 
     Raises:
         `ValueError`: If the model always edits images and `sample_sources` is unset, if the model edits no images, if
@@ -159,11 +159,11 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
         return []
     prompts, paths = args.sample_prompts, args.sample_sources or []
     if not (family.takes_source or family.may_take_source):
-        raise UserError(f"`sample_sources` needs an edit model. Got {family.name}. Leave `sample_sources` out.")
+        raise UserError(f"`sample_sources` needs an edit model, got {family.name}. Leave `sample_sources` out.")
     if len(paths) != len(prompts):
         raise UserError(
-            "`sample_sources` must have one image to edit for each prompt in `sample_prompts`. Got "
-            f"{len(paths)} images and {len(prompts)} prompts for {family.name}."
+            f"`sample_sources` must have one image for each prompt in `sample_prompts`, got {len(paths)} images and "
+            f"{len(prompts)} prompts for {family.name}."
         )
     sources = []
     for path in paths:
@@ -178,7 +178,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
-    """Set unset settings in `args` to the defaults of the model family and the loss, and log these defaults."""
+    """Fill in unset settings of `args` with the defaults of the model family and the loss, and log them."""
     mu, beta = loss_defaults(args, family, full=full)
     safeguard, reason = default_safeguard(args, args.loss_spec, family.denoiser)
     if args.safeguard is None and reason and args.should_log:
@@ -202,14 +202,14 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> N
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
-    """Return the defaults of `safeguard_mu` (in output space) and `beta` for the model family and the loss in `args`.
-    Warn if `args.beta` is far from its default.
+    """Return the defaults of `safeguard_mu` (in output space) and `beta` for the model family and the loss. Warn if
+    `args.beta` is far from its default.
 
     For a sum of losses, `safeguard_mu` is the largest default among the losses that use the loser, and `beta` is the
     default that all losses share. The returned `beta` is `None` if the loss has no `beta`, or if `args.beta` is set.
 
     Raises:
-        `ValueError`: If `beta` is not set and the losses of a sum have different default betas.
+        `ValueError`: If `beta` is unset and the losses of a sum have different defaults.
     """
     weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     rows = {name: family.loss_defaults(name) for name, weight in weights.items() if weight}
@@ -221,20 +221,20 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
         listed = ", ".join(f"{beta:g} for {name}" for name, beta in betas.items())
         logger.warning(
             "`beta=%g` is more than %d times smaller or larger than the default of %s (%s). A beta of language models, "
-            "such as 0.1, hardly ties the model to its reference here. Leave `beta` unset to use the default.",
+            "such as 0.1, hardly ties the model to its reference here. Leave `beta` unset for the default.",
             *(args.beta, FAR, family.name, listed),
         )
     if args.beta is not None or not betas:
         return mu, None
     if len(set(betas.values())) > 1:
         listed = ", ".join(f"{beta:g} of {name}" for name, beta in betas.items())
-        raise UserError(f"All losses of a sum share one `beta`. Their defaults differ: {listed}. Set `beta`.")
+        raise UserError(f"All losses of a sum share one `beta`, but their defaults differ: {listed}. Set `beta`.")
     return mu, next(iter(betas.values()))
 
 
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     """Raise `ValueError` if an image size does not fit the model: the VAE would crop the images, the denoiser has no
-    position embeddings for this size, or the pipeline cannot generate sample images of this size."""
+    position embeddings for it, or the pipeline cannot generate samples of it."""
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
     step = args.bucket_kwargs.get("step", AspectRatioBuckets.step)
@@ -249,7 +249,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
 
 
 def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
-    """Raise `ValueError` if none of the timesteps that training draws has a noise level in `loser_noise_range`."""
+    """Raise `ValueError` if training draws no timestep with a noise level in `loser_noise_range`."""
     if args.loser_noise_range is None:
         return
     low, high = args.loser_noise_range
@@ -269,7 +269,7 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
     """Return the keyword arguments with which the noise process draws timesteps.
 
     Raises:
-        `ValueError`: If the model's noise process does not support the settings of timesteps.
+        `ValueError`: If the model's noise process does not support the settings.
     """
     process = family.noise_process
     last = process.num_train_timesteps
@@ -294,11 +294,11 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
 def checked_inversion(
     args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]
 ) -> InversionSettings | None:
-    """Return the settings of the inversion that gives each image its noise, or `None` if noise is random
-    (`noise_source` is not `"inversion"`).
+    """Return the settings of the inversion that gives each image its noise, or `None` if `noise_source` is not
+    `"inversion"`.
 
-    With `end: grid`, an image whose timestep is not above the first timestep of the grid gets no noise. Log a warning
-    if training draws many such timesteps. `timesteps` are the arguments from [`checked_timesteps`].
+    With `end: grid`, an image at or below the first timestep of the grid gets no noise; warn if training draws many.
+    `timesteps` are the arguments from [`checked_timesteps`].
 
     Raises:
         `ValueError`: If the model's noise process does not support the settings, or no image would get noise.
@@ -314,8 +314,8 @@ def checked_inversion(
         )
     if settings.eta and not inversion.has_variance:
         raise UserError(
-            "`eta` of `inversion_kwargs` must be 0 if the model's sampling step adds no noise. Got "
-            f"{settings.eta} for {family.name}. Leave `eta` out."
+            f"`eta` of `inversion_kwargs` must be 0 for a model whose sampling step adds no noise, got {settings.eta} "
+            f"for {family.name}. Leave `eta` out."
         )
     if settings.end == "grid":
         tokens = [family.tokens_of_image(*size) for size in image_sizes(args)]
@@ -335,7 +335,7 @@ def checked_inversion(
 def _share_without_noise(
     inversion: Inversion, settings: InversionSettings, tokens: int, timesteps: dict[str, Any]
 ) -> float:
-    """Return the share of the drawn timesteps that are not above the first timestep of an inversion's grid."""
+    """Return the share of the drawn timesteps at or below the first timestep of an inversion's grid."""
     uniform = (torch.arange(DRAWN) + 0.5) / DRAWN
     drawn = inversion.process.timesteps(uniform, image_seq_len=tokens, **timesteps)
     grid = inversion.grid(settings.steps, uniform.device, tokens)
@@ -346,7 +346,7 @@ def _share_without_noise(
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
-    """Return the settings of the loss. `complete_args` must have set `safeguard` and `safeguard_mu`."""
+    """Return the settings of the loss, after `complete_args`."""
     assert args.safeguard is not None and args.safeguard_mu is not None, "`complete_args` sets both."
     levels = args.loser_noise_range
     return LossSettings(
@@ -367,7 +367,7 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
 
 
 def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
-    """Return all sizes `(height, width)` at which pairs train: a single size, or the sizes of all aspect-ratio buckets.
+    """Return all sizes `(height, width)` at which pairs train: one, or those of all aspect-ratio buckets.
     `args.resolution` must be set."""
     buckets = aspect_ratio_buckets(args)
     return (image_size(args),) if buckets is None else buckets.sizes
@@ -381,31 +381,29 @@ def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
 
 
 def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
-    """Return the aspect-ratio buckets (image sizes, of which each pair gets the best fitting size), or `None` if all
-    pairs train at `args.resolution`. `args.resolution` must be set."""
+    """Return the aspect-ratio buckets, or `None` if all pairs train at `args.resolution`, which must be set."""
     if not args.aspect_ratio_buckets:
         return None
     return from_kwargs(AspectRatioBuckets, "bucket_kwargs", args.bucket_kwargs, image_size(args))
 
 
 def largest_batch(args: DiffusionSDPOConfig) -> int:
-    """Return the batch size per device of training or evaluation, whichever is larger."""
+    """Return the larger batch size per device of training and evaluation."""
     return max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
 
 
 def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
-    """Return the number of pairs in the batches that all processes read at the same time, if the batch size per device
-    is `batch_size`."""
+    """Return the number of pairs that all processes together read at a time, for a batch size per device."""
     assert isinstance(args.accelerator_config, AcceleratorConfig), "`__post_init__` parses it."
     return batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
 
 
 def precompute_folder(args: DiffusionSDPOConfig) -> Path:
-    """Return the folder for latents, prompt embeddings and reference errors that are computed before training."""
+    """Return the folder for latents, prompt embeddings and reference errors computed before training."""
     return default_folder() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
-    """Return the number of random crops that `precompute_latents` stores for each image. Return `None` if images are
-    not cropped at random or not encoded before training."""
+    """Return the number of random crops that `precompute_latents` stores for each image, or `None` without both
+    settings."""
     return args.precompute_epochs if args.precompute_latents and args.random_crop else None

@@ -1,8 +1,7 @@
-"""Each setting is declared once. The field of a setting holds the default. The annotation holds the choices (a
-`Literal`), the [`Range`] and the mark [`RESUME`]. The paragraph in the docstring of the class is the help text.
+"""Each setting is declared once. Its field holds the default; its annotation the choices (a `Literal`), the [`Range`]
+and the mark [`RESUME`]; its paragraph in the docstring of the class is the help text.
 
-Choices and ranges cannot be in the field's metadata, because the parser of transformers passes all metadata to
-`argparse`.
+Choices and ranges are not in the field's metadata, all of which transformers' parser passes to `argparse`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from ...utils.hints import did_you_mean
 
 Built = TypeVar("Built")
 Group = TypeVar("Group", bound=type)
-RESUME = "resume"  # marks settings that change the trained weights, which a resumed run compares
+RESUME = "resume"  # marks settings that change the trained weights; a resumed run compares them
 
 
 @dataclass(frozen=True)
 class Range:
-    """Interval of the numbers that are allowed as the value of a setting.
+    """Interval of the numbers that a setting allows.
 
     Args:
         interval (`str`): Interval such as `"(0, 1]"`, or `"[1, inf)"` if there is no largest number.
-        advice (`str`): Advice at the end of the error message for a number outside of the interval.
+        advice (`str`): What to do, for the end of the error message.
     """
 
     interval: str
@@ -50,24 +49,24 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """Words that are allowed in a setting whose value is a list of words or a single word."""
+    """Words that a setting allows, alone or in a list."""
 
     words: tuple[str, ...]
 
 
 def from_kwargs(kind: type[Built], setting: str, values: dict[str, Any], *arguments: Any) -> Built:
-    """Return `kind(*arguments, **values)`, where `values` is the value of a setting such as `inversion_kwargs`. See
-    [`check_kwargs`] for the errors."""
+    """Return `kind(*arguments, **values)` for the `values` of a setting such as `inversion_kwargs`, checked by
+    [`check_kwargs`]."""
     check_kwargs(kind, setting, values, given=len(arguments))
     return kind(*arguments, **values)
 
 
 def check_kwargs(kind: type, setting: str, values: dict[str, Any], *, given: int = 0) -> None:
-    """Check the names and types of the constants in a setting such as `inversion_kwargs`. Ranges and words are checked
-    by the dataclass `kind` itself.
+    """Check the names and types of the constants in a setting such as `inversion_kwargs`. The dataclass `kind` itself
+    checks ranges and words.
 
     Args:
-        given (`int`): Number of fields of `kind`, its first ones, that the setting cannot set.
+        given (`int`): How many of the first fields of `kind` the setting cannot set.
 
     Raises:
         `ValueError`: If a name in `values` is no optional field of `kind`, or a value is not a number of the field's
@@ -86,8 +85,8 @@ def check_kwargs(kind: type, setting: str, values: dict[str, Any], *, given: int
 
 
 def naming(**words: Iterable[str]) -> Callable[[Group], Group]:
-    """Return a decorator that replaces each placeholder in a class's docstring by its words, such as the names of
-    losses. Write the decorator below [`documented`]."""
+    """Return a decorator that replaces placeholders in a class's docstring by words, such as the names of losses. Write
+    it below [`documented`]."""
 
     def fill(group: Group) -> Group:
         for placeholder, names in words.items():
@@ -99,11 +98,10 @@ def naming(**words: Iterable[str]) -> Callable[[Group], Group]:
 
 
 def documented(group: Group) -> Group:
-    """Return a dataclass of settings after setting the help text of each field to the field's paragraph in the
-    docstring.
+    """Set the help text of each field of a dataclass of settings to its paragraph in the docstring.
 
-    The metadata of a field with [`Choices`] also contain the words and the default, because the parser of transformers
-    reads the default of a list only from a `default_factory`.
+    A field with [`Choices`] also gets its words and its default as metadata, because transformers' parser reads the
+    default of a list only from a `default_factory`.
     """
     text = inspect.getdoc(group) or ""
     paragraphs = dict(re.findall(r"^    (\w+) \(.*?\):\s+(.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE))

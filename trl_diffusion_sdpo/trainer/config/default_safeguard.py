@@ -1,4 +1,4 @@
-"""The safeguard of a run whose `safeguard` is unset, and the settings under which there is none in parameter space."""
+"""The safeguard of a run that leaves `safeguard` unset, and what rules out the one in parameter space."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ...losses import LossSpec, Safeguard
 if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
 
-OUTPUT_CONSTANTS = ("granularity", "eps")  # names in `safeguard_kwargs` that only the safeguard in output space has
+OUTPUT_CONSTANTS = ("granularity", "eps")  # names in `safeguard_kwargs` of the safeguard in output space
 
 
 def default_safeguard(
     args: DiffusionSDPOConfig, loss: LossSpec, denoiser: nn.Module | None = None
 ) -> tuple[Safeguard, str]:
-    """Return the safeguard of a run whose `safeguard` is unset, and one sentence that says why it is not
-    `"parameter"`. The sentence is empty for `"parameter"`, and for a loss without losers.
+    """Return the safeguard of a run that leaves `safeguard` unset, and a sentence that says why it is not
+    `"parameter"`. The sentence is empty for `"parameter"` and for a loss without losers.
 
     Args:
-        denoiser (`nn.Module`, *optional*): Denoiser that trains, whose dropout matters under ZeRO-3.
+        denoiser (`nn.Module`, *optional*): Denoiser that trains. Its dropout matters under ZeRO-3.
     """
     if not loss.uses_loser:
         return "none", ""
@@ -34,7 +34,7 @@ def default_safeguard(
         listed = " and ".join(constants)
         return "output", (
             f"`safeguard` is 'output', not the default 'parameter', because only 'output' has {listed} of "
-            "`safeguard_kwargs`. Set `safeguard='output'` too, or leave the constants out."
+            "`safeguard_kwargs`. Set `safeguard='output'` too, or leave them out."
         )
     for reason, advice in parameter_obstacles(args, loss, denoiser):
         return "output", f"`safeguard` is 'output', not the default 'parameter', because {reason}. {advice}."
@@ -44,7 +44,7 @@ def default_safeguard(
 def parameter_obstacles(
     args: DiffusionSDPOConfig, loss: LossSpec, denoiser: nn.Module | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield each setting under which the safeguard in parameter space cannot run: a reason, and how to change it."""
+    """Yield what keeps the safeguard in parameter space from running: each reason, and what to do."""
     yield from setting_obstacles(args)
     yield from branch_gradient_obstacles(args)
     anchor = args.safeguard_settings.anchor or loss.anchor
@@ -55,7 +55,7 @@ def parameter_obstacles(
 
 
 def setting_obstacles(args: DiffusionSDPOConfig) -> Iterator[tuple[str, str]]:
-    """Yield those of [`parameter_obstacles`] that the settings show without an engine or a model."""
+    """Yield those of [`parameter_obstacles`] that need neither engine nor model to be known."""
     if args.ddp_static_graph:
         yield "`ddp_static_graph=True` allows one backward pass per step", "Leave `ddp_static_graph` out"
     optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
@@ -64,5 +64,5 @@ def setting_obstacles(args: DiffusionSDPOConfig) -> Iterator[tuple[str, str]]:
 
 
 def has_dropout(denoiser: nn.Module) -> bool:
-    """Return whether a denoiser has active dropout, with which two predictions of the same images differ."""
+    """Return whether a denoiser has active dropout: two predictions of the same images then differ."""
     return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules())

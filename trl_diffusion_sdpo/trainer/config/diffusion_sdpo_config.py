@@ -21,8 +21,7 @@ from .all_arguments import (
 from .checks import check_settings
 from .declaring import RESUME
 
-# Settings of transformers that change the trained weights. A resumed run must have the values with which its checkpoint
-# was written.
+# Settings of transformers that change the trained weights. A resumed run must have the values of its checkpoint.
 ALSO_COMPARED = ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed")
 
 
@@ -31,12 +30,12 @@ class DiffusionSDPOConfig(AllArguments):
     r"""
     Configuration of [`DiffusionSDPOTrainer`].
 
-    The class has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
+    It has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
     [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`], [`SampleArguments`] and
-    [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer sets the setting to the
-    default of the model's family and the loss, and logs the value.
+    [`RunArguments`]. Leave settings such as `beta` and `learning_rate` out: the trainer sets them to the defaults of
+    the model's family and the loss, and logs the values.
 
-    [`~transformers.HfArgumentParser`] can turn this class into command line arguments.
+    [`~transformers.HfArgumentParser`] turns this class into command line arguments.
 
     Example:
 
@@ -70,16 +69,16 @@ class DiffusionSDPOConfig(AllArguments):
         "sample_kwargs",
     )
 
-    if TYPE_CHECKING:  # types that these fields have after `__post_init__`
+    if TYPE_CHECKING:  # types after `__post_init__`
         output_dir: str
         model_init_kwargs: dict[str, Any] | None = None
         ref_model_init_kwargs: dict[str, Any] | None = None
 
-    # Settings of `TrainingArguments` for which this class has other defaults.
+    # Settings of `TrainingArguments` with other defaults here.
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Initial learning rate. If unset, it is the default of the model's family for LoRA or full tuning."
+            "help": "Initial learning rate. If unset, the default of the model's family for LoRA or full tuning."
         },
     )
     weight_decay: float = field(
@@ -87,21 +86,16 @@ class DiffusionSDPOConfig(AllArguments):
     )
     lr_scheduler_type: str = field(
         default="constant_with_warmup",
-        metadata={
-            "help": "Schedule of the learning rate. By default, it is constant after the warm-up, as in the paper."
-        },
+        metadata={"help": "Schedule of the learning rate. The default, constant after the warm-up, is the paper's."},
     )
     logging_steps: float = field(
         default=10,
-        metadata={
-            "help": "Number of optimizer steps between two logs. A number below 1 means a share of all training steps."
-        },
+        metadata={"help": "Number of optimizer steps between two logs; below 1, a share of all steps."},
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Whether to train under bf16 autocast. If unset, bf16 is used if the accelerator supports it and "
-            "`fp16` is not set."
+            "help": "Whether to train under bf16 autocast. If unset, where the accelerator has it, without `fp16`."
         },
     )
 
@@ -115,7 +109,7 @@ class DiffusionSDPOConfig(AllArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         workers = self.dataloader_num_workers
-        if workers is None:  # the trainer chooses the number later, from the data, but transformers checks it now
+        if workers is None:  # the trainer chooses later, from the data, but transformers checks it now
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
         if workers is None:
@@ -139,8 +133,7 @@ class DiffusionSDPOConfig(AllArguments):
         check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings, with secrets such as tokens masked. Trackers and the files of a run contain this
-        dictionary."""
+        """Return all settings, with secrets such as tokens masked: what trackers and the files of a run get."""
         return masked(super().to_dict())
 
     def __str__(self) -> str:
@@ -152,7 +145,7 @@ class DiffusionSDPOConfig(AllArguments):
 
 def resume_settings() -> tuple[str, ...]:
     """Return the names of the settings that change the trained weights. A checkpoint records them, and a run that
-    resumes from it with other values says so."""
+    resumes with other values says so."""
     names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if RESUME in setting.facts)
     return (*names, *ALSO_COMPARED)
 

@@ -18,47 +18,43 @@ class PipelineArguments:
 
     Parameters:
         adapter_name_or_path (`str`, *optional*):
-            LoRA to load into the model and train further: a folder in the format of PEFT or diffusers (for example the
-            output folder of a run), a `.safetensors` file or a Hub id. If no other reference is set, the reference is
+            LoRA to start from and train further: a folder in the format of PEFT or diffusers (the output folder of a
+            run, for example), a `.safetensors` file or a Hub id. Unless you name another reference, the reference is
             the model with this LoRA as it was before training.
         ref_model_name_or_path (`str`, *optional*):
-            Reference model: a Hub id, the folder of a pipeline or the output folder of a run.
-            `ref_model_name_or_path` has the same effect as the trainer's argument `ref_model`. If neither
-            `ref_model_name_or_path` nor `ref_model` is set, the reference is the model before training.
+            Reference model: a Hub id, the folder of a pipeline or the output folder of a run. Use this or the trainer's
+            argument `ref_model`; with neither, the reference is the model before training.
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `DiffusionPipeline.from_pretrained`, with which the model is loaded if `model` is a
-            string.
+            Keyword arguments of `DiffusionPipeline.from_pretrained`, for a `model` that is a string.
         ref_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `from_pretrained`, with which the reference's denoiser is loaded if `ref_model` is a
-            string. If `dtype`, `variant` or settings for access to the Hub are not set here, their values in
-            `model_init_kwargs` apply to the reference too.
+            Keyword arguments of `from_pretrained` for the reference's denoiser, if `ref_model` is a string. It takes
+            `dtype`, `variant` and settings for access to the Hub from `model_init_kwargs` unless you set them here.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the model and the reference. With active dropout, the predictions of model and
-            reference differ even before the first step.
+            Whether to disable dropout in the model and the reference. With dropout, their predictions differ even
+            before the first step.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
             Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as in
-            [TR-DPO](https://huggingface.co/papers/2404.09656). `sync_ref_model` also works if a LoRA trains.
+            [TR-DPO](https://huggingface.co/papers/2404.09656). Works with a LoRA too.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
-            Alpha of the reference's update `ref = alpha * policy + (1 - alpha) * ref` under `sync_ref_model`, in `(0,
-            1]`. With `ref_model_mixup_alpha=1`, the policy's weights replace the reference's weights.
+            Alpha of the update `ref = alpha * policy + (1 - alpha) * ref` under `sync_ref_model`, in `(0, 1]`. With 1,
+            the reference becomes the policy.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Number of optimizer steps between two updates of the reference under `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's errors on all pairs before training. With precomputed errors, training
-            steps need no forward pass of the reference, and the reference is freed from memory. The errors are cached
-            on disk, and runs with the same reference, data and noise reuse them. `precompute_ref_errors` cannot be used
-            with `dspo` and `dspo_sdxl`, with `sync_ref_model`, with active dropout or with streams.
+            Whether to compute the reference's errors on all pairs before training. Steps then need no forward pass of
+            the reference, and it is freed from memory. The errors are cached on disk for later runs with the same
+            reference, data and noise. Not possible with `dspo`, `dspo_sdxl`, `sync_ref_model`, active dropout or
+            streams.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] also writes the whole pipeline beside the tuned weights.
-            Checkpoints during training never contain the whole pipeline.
+            Checkpoints during training never contain it.
         vae_dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision in which the VAE encodes images: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`. `"auto"` uses
-            the dtype of autocast, or the dtype in which the VAE was loaded if autocast is off. A VAE that overflows in
-            float16 (`force_upcast` in its configuration) uses float32 under `fp16`.
+            Precision of the VAE when it encodes images: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`, which is
+            the dtype of autocast, or without autocast the dtype in which the VAE was loaded. Under `fp16`, a VAE that
+            overflows in float16 (`force_upcast` in its configuration) uses float32.
         vae_encode_batch_size (`int`, *optional*):
-            Number of images that the VAE encodes in one call. A lower number saves memory and gives the same latents up
-            to rounding. If unset, the VAE encodes about two million pixels per call: 8 images of 512 x 512 pixels, or 2
-            images of 1024 x 1024.
+            Number of images that the VAE encodes in one call. Lower it to save memory; the latents stay the same up to
+            rounding. If unset, about two million pixels per call: 8 images of 512 x 512 pixels, or 2 of 1024 x 1024.
     """
 
     adapter_name_or_path: str | None = None
@@ -85,8 +81,8 @@ class MemoryArguments:
 
     Parameters:
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
-            Whether VAE and text encoders stay in pinned CPU memory and are copied to the accelerator only while they
-            encode a micro-batch. Offloading saves memory of the accelerator and does not change results.
+            Whether to keep VAE and text encoders in pinned CPU memory and copy them to the accelerator only while they
+            encode a micro-batch. Saves device memory and does not change results.
     """
 
     offload_frozen_components: bool = False

@@ -16,23 +16,22 @@ class SampleArguments:
 
     Parameters:
         sample_prompts (`list[str]`, *optional*):
-            Prompts of the sample images. The images are generated with fixed seeds before and after training, and also
-            during training if `sample_steps` is set. Sample images are saved in the subfolder `samples` of the output
-            folder, and shown in the model card.
+            Prompts of the sample images, which are generated with fixed seeds before and after training, and during
+            training if you set `sample_steps`. They are saved in the subfolder `samples` of the output folder and shown
+            in the model card.
         sample_sources (`list[str]`, *optional*):
-            Paths of the images that `sample_prompts` edit, one image for each prompt. `sample_sources` is required for
-            models that always edit an image, and optional for models that can also generate without a source image.
-            Sources are cropped to the shape of `resolution`, as in training.
+            Paths of the images that `sample_prompts` edit, one for each prompt. Required for models that always edit an
+            image, optional for those that can also generate without one. They are cropped to the shape of `resolution`,
+            as in training.
         sample_steps (`int`, *optional*):
-            Number of optimizer steps between two generations of sample images. If unset, sample images are generated
-            only before and after training.
+            Number of optimizer steps between two generations of sample images. If unset, they are generated only before
+            and after training.
         sample_kwargs (`dict` or `str`, *optional*):
-            Arguments of the pipeline's `__call__` that generates sample images, in YAML or as JSON, such as
-            `num_inference_steps` (default 30) and `guidance_scale` (default: the pipeline's default).
+            Arguments of the pipeline's `__call__` for sample images, in YAML or as JSON, such as `num_inference_steps`
+            (default 30) and `guidance_scale` (default: the pipeline's).
         sample_scorers (`list[str]`, *optional*):
-            Names of scorers that rate the sample images, such as `pickscore`, or your own function as
-            `module:function`. The scores of all later images are compared with the scores of the images that were
-            generated before training.
+            Scorers that rate the sample images: names such as `pickscore`, or your own function as `module:function`.
+            Later scores are compared with those from before training.
     """
 
     sample_prompts: list[str] | None = None
