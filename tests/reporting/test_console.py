@@ -1,6 +1,7 @@
 """Console output of training: a short line for each log, or all metrics if there is no progress bar."""
 
-from transformers import PrinterCallback, ProgressCallback
+import transformers.trainer
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from trl_diffusion_sdpo.reporting.console import ShortLogCallback, shown_metrics
 
@@ -68,3 +69,12 @@ def test_without_a_bar_every_metric_is_printed_as_by_transformers(make_trainer):
     assert isinstance(with_bar.callback_handler.callbacks[-1], ShortLogCallback)
     with_bar.remove_callback(ProgressCallback)  # by the class that users know
     assert not any(isinstance(callback, ProgressCallback) for callback in with_bar.callback_handler.callbacks)
+
+
+def test_a_notebook_shows_the_short_log_and_no_table_of_all_metrics(make_trainer, monkeypatch):
+    """transformers takes a class of this name where IPython runs in a notebook."""
+    in_notebook = type("NotebookProgressCallback", (TrainerCallback,), {})
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", in_notebook)
+    callbacks = make_trainer(disable_tqdm=False).callback_handler.callbacks
+    assert isinstance(callbacks[-1], ShortLogCallback)
+    assert not any(isinstance(callback, in_notebook) for callback in callbacks)

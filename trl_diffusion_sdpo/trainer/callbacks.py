@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ProgressCallback
+from transformers.trainer_callback import CallbackHandler
 
 from ..data.pairs import Pairs
 from ..engines.engine_settings import by_engine
@@ -66,7 +66,8 @@ def add_callbacks(
     callbacks.append(VerdictCallback(run_facts, evaluate, interrupt, samples, args.on_winner_rise))
     callbacks.append(RunReportCallback(end))
     handler.callbacks[1:1] = callbacks  # the first callback decides when to log, evaluate and save
-    if type(handler.callbacks[-1]) is ProgressCallback:
+    # By name, because transformers' class for notebooks can only be imported where IPython is installed.
+    if type(handler.callbacks[-1]).__name__ in ("ProgressCallback", "NotebookProgressCallback"):
         handler.callbacks[-1] = ShortLogCallback()
 
 
