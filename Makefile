@@ -1,5 +1,5 @@
 # make demo                  train a small model on drawn shapes and plot the result: about five minutes, no GPU
-# make test                  lint, types, tests, documentation: everything a change must pass
+# make test                  lint, types, tests, documentation; .ci/run adds the lowest versions
 # make lint                  sort imports, fix what ruff can fix, format
 # make docs                  build the documentation into site/
 # make test-all PART=floors  the longer tests, one part at a time; without PART, list the parts
@@ -9,7 +9,7 @@
 # make real-run              SD1.5 on real pairs, trained in several ways and compared: days on a GPU, MINUTES=10 a call
 # make tables                write the tables and pictures of the documentation from the committed results
 # make dist                  build wheel and sdist into dist/, check them, and try the wheel in an empty environment
-# make clean                 remove everything that these commands made
+# make clean                 remove the environments, caches and outputs of these commands
 #
 # Everything runs in .venv, which the first call makes. The three for a GPU use your own Python instead: pass
 # PYTHON=/path/to/python, with a torch that has CUDA and this package's `test` extra. Call them again to continue.
@@ -68,9 +68,9 @@ test-all: $(PART:%=part-%)
 ifeq ($(strip $(PART)),)
 	@echo "make test-all PART=...   (several: PART=\"floors families\")"
 	@echo "  distributed  all settings under DDP, FSDP2 and DeepSpeed: two processes on the CPU"
-	@echo "  families     every model family, as a LoRA and in full"
-	@echo "  trainer      the trainer's settings in all combinations"
-	@echo "  commands     commands and benchmarks, with the slow ways to stop and resume them"
+	@echo "  families     every model family, as a LoRA, in full and guided"
+	@echo "  trainer      the trainer's settings in all combinations, and its promises"
+	@echo "  commands     commands, benchmarks and examples, with the slow ways to stop and resume them"
 	@echo "  kills        kill runs at random and at every write: KILLS=100 ENGINE=\"plain ddp\" KILLS_OUTPUT=folder"
 	@echo "  floors       quick tests with the lowest versions that pyproject.toml allows, in their own environment"
 	@echo "  newest       the same tests with the newest versions, upper bounds ignored"
@@ -81,13 +81,13 @@ part-distributed: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not gpu" tests/distributed tests/gpu
 
 part-families: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device tests/tools/guidance
 
 part-trainer: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/saving tests/trainer tests/cache tests/data tests/tools/planning
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/saving tests/trainer tests/cache tests/data tests/tools/planning tests/invariant tests/reporting
 
 part-commands: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/tools/demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/examples tests/tools/demo
 
 KILLS ?= 100
 ENGINE ?= plain

@@ -72,6 +72,14 @@ def test_make_has_each_target_and_part(text):
     assert set(each(r"PART=\"?([a-z]+)", text)) <= parts
 
 
+def test_each_longer_test_belongs_to_a_part():
+    commands = each(r"^\t.*-m \"(?:not gpu|matrix or not matrix)\" .*", TEXTS["Makefile"])
+    folders = tuple(each(r"\btests/[\w/]+", *commands))
+    tests = {name: path for name, path in FILES.items() if re.match(r"tests/.*\.py$", name)}
+    longer = [name for name, path in tests.items() if each(r"pytest\.mark\.matrix", path.read_text(encoding="utf-8"))]
+    assert longer and [name for name in longer if not name.startswith(folders)] == []
+
+
 def test_packages_and_extras_can_be_installed(text):
     pinned = set(each(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8")))
     required = {Requirement(line).name for line in PROJECT["dependencies"]}

@@ -1,5 +1,5 @@
-"""Two processes on the CPU train every case that a test asks for. Where they must arrive says a walk in float64,
-written by hand, which shares no code with the trainer's losses."""
+"""Two processes on the CPU train every case that a test asks for. A walk in float64, written by hand and
+without the code of the trainer's losses, says where they must arrive."""
 
 import copy
 import json

@@ -18,7 +18,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output_dir", default="demo_output", help="Folder for all files.")
+    parser.add_argument("--output_dir", default="demo_output", help="Folder to write into.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the pairs, the noise and the generated images.")
     parser.add_argument("--max_steps", type=int, default=None, help="Optimizer steps per method; 240 if unset.")
     parser.add_argument(

@@ -84,9 +84,10 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         choices=["scored", "negatives", "spin", "partial", "local"],
         default="scored",
         help="How pairs are made. `scored` (default): scorers choose the best and the worst image of each prompt. "
-        "`negatives`: each image is paired with one generated from the same noise with `--negative_kwargs`. The others "
-        "pair each image of `--from_images` with one that the model makes: `spin` generates it from the prompt alone, "
-        "`partial` noises the image and denoises it, `local` redraws a region and saves its mask for training.",
+        "`negatives`: each image is paired with a rejected one, generated from the same noise with "
+        "`--negative_kwargs`. The others pair each image of `--from_images` with a rejected one that the model makes: "
+        "`spin` generates it from the prompt alone, `partial` noises the image and denoises it, `local` redraws a "
+        "region and saves its mask for training.",
     )
     unguided = {"guidance_scale": 1.0}
     negatives = "Arguments of the pipeline's call for the rejected images of `negatives` (default: no guidance)."

@@ -681,8 +681,8 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
             and the reference's errors, and lambda comes from its gradients.
 
     Raises:
-        `ValueError`: If the name is taken or not an identifier, the function has an argument besides `terms` that is
-            not keyword-only, or `LossSpec` has no field of a fact's name.
+        `ValueError`: If the name is one of this package's or not an identifier, the function has an argument besides
+            `terms` that is not keyword-only, or `LossSpec` has no field of a fact's name.
 
     Example:
 

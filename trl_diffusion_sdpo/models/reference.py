@@ -71,7 +71,7 @@ class FrozenReference(Reference):
 
     Args:
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast, to which most weights are cast once; see
-            [`SecondDenoiser`]. Not with `follows`.
+            [`SecondDenoiser`]. Ignored with `follows`.
 
     Raises:
         `ValueError`: If the reference has another architecture than the policy.

@@ -75,7 +75,7 @@ def _number_or_name(value: str) -> float | str:
 
 def settled_number(name: str, value: Any) -> float:
     """Return a value of the setting `name`, such as the text `"1e-4"`, as a number. Raise `ValueError` if it is
-    none."""
+    not one."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:

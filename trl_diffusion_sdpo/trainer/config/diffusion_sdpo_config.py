@@ -95,7 +95,7 @@ class DiffusionSDPOConfig(AllArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Whether to train under bf16 autocast. If unset, where the accelerator has it, without `fp16`."
+            "help": "Whether to train under bf16 autocast. If unset, on if the accelerator has it and `fp16` is off."
         },
     )
 

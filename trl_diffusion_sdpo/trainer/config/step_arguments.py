@@ -103,9 +103,9 @@ class LossArguments:
             `"output"` if the engine, the optimizer or `safeguard_kwargs` do not allow that; `"none"` for `apo_down` and
             losses without losers. The trainer logs its choice.
         safeguard_mu (`float`, *optional*):
-            How much of a step's first-order progress on the winners losers may not undo, as a share in `[0, 1]`. Raise
-            it for a stricter safeguard. If unset, 0.8 with `safeguard="parameter"`; otherwise the published value, or
-            the default of the loss and the model's family where none is published.
+            Share in `[0, 1]` of a step's first-order progress on the winners that losers may not undo. Raise it for a
+            stricter safeguard. If unset, 0.8 with `safeguard="parameter"`; otherwise the published value, or the
+            default of the loss and the model's family where none is published.
         safeguard_kwargs (`dict` or `str`, *optional*):
             Constants of the safeguard by name, in YAML or as JSON. `safeguard="output"` takes `granularity` and `eps`.
             `granularity` says which pairs share a lambda. `"batch"` (the default, as published): the pairs of a
