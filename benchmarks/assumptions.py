@@ -436,12 +436,15 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def make(options: argparse.Namespace) -> None:
-    """Make the trainings that are missing, and write all that there are into the results."""
+    """Make the trainings that are missing, and write all that there are into the results. A training of another base
+    model or of other versions is missing."""
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / f"{options.model}.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    made_with = Study({"model": options.model, "rows": {}}, options.folder).made_with
+    done = [row for row in done if row["made_with"] == made_with]
     for job in jobs(options):
-        settings = {**job, "steps": options.steps}
+        settings = {**job, "steps": options.steps, "made_with": made_with}
         if any(settings.items() <= row.items() for row in done):
             continue
         if job["part"] == "arms":
@@ -452,7 +455,7 @@ def make(options: argparse.Namespace) -> None:
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         done.append(row)
-        print(json.dumps(settings), flush=True)
+        print(json.dumps(job), flush=True)
     rows = ",\n".join(json.dumps(row) for row in done)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"assumptions_{options.model}.json").write_text(f"[{rows}]\n")

@@ -1,5 +1,6 @@
 """Tables and pictures of the documentation come from committed results, and verdicts from intervals over seeds."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def test_a_table_has_a_maker(page, name):
 def test_the_tables_of_a_page_are_those_of_the_results(page):
     text = page.read_text(encoding="utf-8")
     assert tables.written(text) == text, "run `python benchmarks/studies/tables.py`"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks/studies/results").glob("*.jsonl")), ids=lambda path: path.name
+)
+def test_all_rows_of_a_file_are_of_one_base_model_and_the_same_versions(file):
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len({json.dumps(row["made_with"], sort_keys=True) for row in rows}) == 1
 
 
 def test_only_the_text_between_known_markers_is_written():
