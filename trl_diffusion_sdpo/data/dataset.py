@@ -70,7 +70,6 @@ class PairOptions:
             generated, in the columns `SEED_COLUMNS`.
         losers (`str`): `"data"` reads losers from the data. `"permute"` takes winners of pairs with other prompts, by a
             new random permutation in each epoch.
-            new random permutation in each epoch.
     """
 
     transform: PairTransform

@@ -51,7 +51,7 @@ class Engine:
     @property
     def name(self) -> str:
         """Name of the engine, such as `"plain"` (one process or DDP), `"fsdp"` or `"zero1, 8 processes"`. A checkpoint
-        can be resumed only under an engine of the same one."""
+        can be resumed only under an engine of the same name."""
         if self._is_deepspeed:
             return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
         return "fsdp" if self._is_fsdp else "plain"
@@ -198,7 +198,7 @@ class Engine:
 
     def unrounded(self, module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
         """Return the trained weights' exact values, by parameter, before the engine rounds them, for a later
-        [`Engine.restore_unrounded`]. Empty if it does not round.
+        [`Engine.restore_unrounded`]. Empty if the engine does not round.
         """
         if not self.rounds_weights:
             return {}
@@ -216,8 +216,8 @@ class Engine:
         """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
         prepared, and empty the dictionary.
 
-        DeepSpeed initializes them from the rounded weights, whose rounding error is larger than the change by many
-        training steps.
+        DeepSpeed initializes the optimizer's from the rounded weights, whose rounding error is larger than the change by
+        many training steps.
         """
         sharding.restore_unrounded(weights)
 

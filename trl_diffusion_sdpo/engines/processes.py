@@ -76,7 +76,7 @@ def _upload_group(world: Any) -> Any:
 
 
 def peers(args: TrainingArguments) -> Peers:
-    """Return what the training processes exchange Python objects with."""
+    """Return the training processes as a group that exchanges Python objects."""
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 

@@ -139,7 +139,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
         `str`: Name of the adapter in the denoiser.
 
     Raises:
-        `ValueError`: If `source` has no LoRA, it does not fit the denoiser, or the denoiser already has an adapter.
+        `ValueError`: If `source` has no LoRA, the LoRA does not fit, or the denoiser already has an adapter.
     """
     denoiser = getattr(pipeline, denoiser_name)
     if active_adapter(denoiser) is not None:
@@ -298,8 +298,8 @@ def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
 
 
 def _described_modules(denoiser: nn.Module, settings: Mapping[str, Any]) -> set[str]:
-    """Return the denoiser's layers that a LoRA with these settings has, or an empty set if more than `target_modules`
-    chooses them."""
+    """Return the names of the denoiser's layers that a LoRA with these settings has, or an empty set if more than
+    `target_modules` chooses them."""
     targets = settings.get("target_modules")
     others = ("exclude_modules", "layers_to_transform", "target_parameters")
     if not isinstance(targets, list) or any(settings.get(name) for name in others):

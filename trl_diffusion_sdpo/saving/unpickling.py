@@ -1,4 +1,4 @@
-"""Refuses to load pickles from a checkpoint that could run code."""
+"""Refuses to load a checkpoint's pickles if they could run code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
     """Make every `torch.load` within the context, also in other libraries, refuse pickles that could run code.
 
     Args:
-        allowed (`Sequence[type]`): Classes that pickles may contain, because the engine saves such objects.
+        allowed (`Sequence[type]`): Classes whose objects pickles may contain, because the engine saves some.
 
     Raises:
         `ValueError`: If a pickle could run code, or a file is damaged.
@@ -91,7 +91,7 @@ def refuse_code_in_metadata(folder: Path) -> None:
         try:
             with open(file, "rb") as stream:
                 _MetadataUnpickler(stream).load()
-        except Exception as error:  # malformed pickles raise many types
+        except Exception as error:  # malformed pickles raise errors of many types
             raise UserError(_REFUSED.format(f"{file.relative_to(folder)}: {error}")) from error
 
 
