@@ -73,7 +73,7 @@ class BatchLoaders:
             return self._evaluation[key][1]
         loader = self._make(dataset.for_evaluation(), self._args.eval_batch_size, sampler, collate, WorkerStart())
         if keep:
-            self._evaluation[key] = dataset, loader  # also store the data set, so that no other object gets its id
+            self._evaluation[key] = dataset, loader  # with the data set, so that no other object gets its id
         return loader
 
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]]) -> DataLoader:
@@ -204,8 +204,8 @@ def _suitable_workers(
 
 
 def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:
-    """Return how many workers each process of this machine can have with all prefetched batches in half of the free
-    shared memory, of which containers often have little."""
+    """Return how many workers each process of this machine can have, with prefetched batches in half of the free shared
+    memory, of which containers often have little."""
     if not SHARED_MEMORY.is_dir():
         return MAX_READERS
     prefetched = args.dataloader_prefetch_factor

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from ..utils.errors import UserError
 from .images import Size
 
-MIN_AREA = 0.9  # smallest area of a size, as a share of the area of `resolution`
+MIN_AREA = 0.9  # smallest area of a size, as a share of `resolution`'s
 ORDER = 1  # last of four numbers that seed an epoch's order; three numbers seed a pair, so seeds differ
 
 
@@ -35,8 +35,8 @@ class AspectRatioBuckets:
 
     Args:
         resolution (`tuple[int, int]`): Height and width of the training size, in pixels; the largest area.
-        step (`int`): All sides, except those of `resolution`, are multiples of `step` pixels.
-        max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
+        step (`int`): Pixels of which all sides, except those of `resolution`, are multiples.
+        max_aspect_ratio (`float`): Largest ratio of the longer to the shorter side.
 
     Raises:
         ValueError: If `step` is below 1, the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or `resolution`

@@ -120,15 +120,15 @@ class PreferenceDataset(Pairs):
     Items are dicts with these entries:
 
     - `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): winner and loser;
-    - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have prompts of their own;
+    - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have their own;
     - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(2,)`), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, resized and
-      cropped like `pixel_values` if they have the shape of the pair's images, else whole;
+      cropped like `pixel_values` if they have the pair's shape, else whole;
     - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the initial noise of winner and loser;
-    - `repeated` (`bool`), if there are aspect-ratio buckets: whether the pair is a repetition that fills up a batch.
+    - `repeated` (`bool`), with aspect-ratio buckets: whether the pair only fills up a batch.
 
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
     `pixel_values`.
@@ -140,10 +140,10 @@ class PreferenceDataset(Pairs):
         source ([`PairSource`]): Prompts and images.
         pairs ([`PairTable`]): Positions of the pairs' images, and further columns.
         options ([`PairOptions`]): Settings with which the pairs were made.
-        report ([`DataReport`]): Counts of the rows and pairs that were dropped so far.
-        losers ([`PermutedLosers`], *optional*): Random permutation that chooses losers from other pairs.
-        source_sizes (`Mapping`, *optional*): All sizes that the sources of an item have, as tuples with
-            `(height, width)` of each source, by the `(height, width)` at which the item's pair trains.
+        report ([`DataReport`]): Rows and pairs dropped so far.
+        losers ([`PermutedLosers`], *optional*): Chooses losers from other pairs.
+        source_sizes (`Mapping`, *optional*): All sizes of an item's sources, as tuples with `(height, width)` of each,
+            by the `(height, width)` at which the pair trains.
     """
 
     is_stream = False
@@ -157,7 +157,7 @@ class PreferenceDataset(Pairs):
         losers: PermutedLosers | None = None,
         source_sizes: Mapping[Size, set[tuple[Size, ...]]] | None = None,
     ) -> None:
-        self.source = source  # rows that the pairs are made from
+        self.source = source  # rows behind the pairs
         self._pairs = pairs
         self._options = options
         self._report = report
@@ -284,7 +284,7 @@ class PreferenceDataset(Pairs):
         self._pairs = self._pairs.with_columns(calibrated=scores)
 
     def set_weights(self, weights: np.ndarray) -> None:
-        """Set the factor by which each pair's loss is multiplied, `(P,)`."""
+        """Set the factor of each pair's loss, `(P,)`."""
         self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
     @property
@@ -359,7 +359,7 @@ class PreferenceDataset(Pairs):
         pair number, which must not depend on temporarily unreadable files.
 
         Raises:
-            ValueError: If no pair of the sample can be decoded, and the data set has further pairs.
+            ValueError: If none of the sample can be decoded, and there are further pairs.
         """
         sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS).tolist()
         problems = peers.first(lambda: [self._problem_of(pair) for pair in sample])
@@ -512,7 +512,7 @@ class PreferenceDataset(Pairs):
         """Return the source images with a key of `edits`, cropped at the center, as in items.
 
         Raises:
-            UndecodableImageError: If the row has no source image, or one of them cannot be decoded.
+            UndecodableImageError: If the row has no source image, or one cannot be decoded.
         """
         sources = self.source.images([(key[0], 0)])[0].sources(self._options.reader)
         return self._fit_sources(sources, key, is_mirrored)

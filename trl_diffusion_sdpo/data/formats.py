@@ -5,8 +5,8 @@
 
 Whatever else can be trained on has rows in one of these formats: lines of Flow-Factory become rows of `canonical`
 ([`flow_factory_row`]), and folders of images become rows of `canonical`, or of `hpdv2` if their names are ranked
-(`image_folders.py`). A stream has a table's rows, one after the other (`streaming.py`). Files and names of images are
-found by `loading.py`, which looks at no label.
+(`image_folders.py`). A stream has a table's rows, one after the other (`streaming.py`). `loading.py`, which looks at no
+label, finds files and names of images.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PairReference(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """Columns of prompts, images and labels in one kind of preference data set.
+    """Columns of prompts, images and labels in one kind of data set.
 
     Attributes:
         name (`str`): Key in `FORMATS`.
@@ -64,8 +64,8 @@ class PreferenceFormat:
         label_readers (`Mapping`): From label columns to a function that makes `ImageScores` of their values. A row uses
             the first entry whose columns all have a value.
         images_in_list (`bool`): Whether the single image column has lists of images.
-        group_column (`str`, *optional*): Column that groups rows, in formats with one image a row. Images of rows with
-            equal values are compared with one another.
+        group_column (`str`, *optional*): Column whose equal values group rows, in formats with one image a row. Images
+            of a group are compared.
         validity_column (`str`, *optional*): Column that is false in rows without a valid label, which are dropped.
         score_columns (`tuple[str, str]`, *optional*): Columns of the reward scores of winner and loser.
         scale_column (`str`, *optional*): Column that says the scale of the reward scores.
@@ -203,7 +203,7 @@ class ImageScores(NamedTuple):
     """Scores of the images of a row, from its label."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether images with equal numbers are tied; false if the label only names the best image
+    ranked: bool = True  # whether equal numbers are ties; false if the label only names the best image
 
 
 def member_text(value: Any) -> Any:

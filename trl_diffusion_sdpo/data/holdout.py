@@ -14,7 +14,7 @@ from .formats import resolve_format
 def hold_out(
     data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[tuple[datasets.Dataset, datasets.Dataset]]:
-    """Split data sets to train on together into training rows and evaluation rows without common prompts.
+    """Split data sets that train together into training and evaluation rows without common prompts.
 
     Args:
         data_sets (`Sequence` of `datasets.Dataset`): Data sets, each in one of `FORMATS`.

@@ -67,7 +67,7 @@ ABSENT_OR_DAMAGED = (
     EOFError,
     KeyError,
 )
-# Beginning of bytes that replace an image in memory that cannot be stored. The reason follows.
+# Begins the bytes that replace an image in memory that cannot be stored. The reason follows.
 BAD_IMAGE = b"trl-diffusion-sdpo: bad image: "
 # aiohttp's errors for a redirect to another scheme than HTTP, and for endless redirects. aiohttp is optional.
 BAD_REDIRECTS = ("RedirectClientError", "TooManyRedirects")
@@ -118,8 +118,7 @@ class ImageReader:
     """Opens and decodes the images of rows.
 
     Args:
-        schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chained URLs such as
-            `zip://a.png::hf://...`.
+        schemes (`tuple[str, ...]`): URL schemes that rows may use, also chained as in `zip://a.png::hf://...`.
     """
 
     schemes: tuple[str, ...] = SCHEMES
@@ -131,8 +130,8 @@ class ImageReader:
 
         Args:
             value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path, or a URL with
-                one of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`.
-                Bytes take precedence over the path.
+                one of `schemes`. A `dict` has the keys `"bytes"`, which take precedence, and `"path"`, like an
+                undecoded `datasets.Image`.
 
         Raises:
             UndecodableImageError: If the image is damaged, missing, too small, too elongated, too large or of an
@@ -241,7 +240,7 @@ decode_image = ImageReader().decode  # uses the default schemes
 
 @contextmanager
 def _image_errors(value: Any) -> Iterator[None]:
-    """Convert every error to `UndecodableImageError` or `UnreadableImageError`, and add the name of the file.
+    """Turn every error into `UndecodableImageError` or `UnreadableImageError`, with the file's name.
 
     The original traceback is dropped: it may show the password in a URL.
     """

@@ -173,8 +173,8 @@ def with_resolved_names(dataset: Any, folder: Path) -> Any:
 
 
 def _with_flat_rows(dataset: Any) -> Any:
-    """Convert lines of Flow-Factory to rows of the format `canonical`, with the column `source_image` if the input of
-    any has images. Return other data sets unchanged."""
+    """Convert lines of Flow-Factory to rows of the format `canonical`, with the column `source_image` if any line's
+    input has images. Return other data sets unchanged."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     if not set(FLOW_FACTORY_COLUMNS) <= set(names):
         return dataset

@@ -15,7 +15,7 @@ from ..utils.score_scale import SCALE_COLUMN
 from .formats import PreferenceFormat
 from .pair_table import PairTable
 
-MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
+MAX_GROWTH = 100  # most pairs of a weighted epoch, as a multiple of all data sets'
 
 
 @dataclass(frozen=True)

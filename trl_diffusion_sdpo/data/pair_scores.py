@@ -44,7 +44,7 @@ class ScoreSettings:
 
     @property
     def _weighting(self) -> WeightFunction | None:
-        """The function that `pair_weights` names, or `None` if `pair_weights` is unset or names a column."""
+        """The function that `pair_weights` names, or `None` if it is unset or names a column."""
         return WEIGHT_FUNCTIONS.get(self.pair_weights or "")
 
     @property
@@ -174,9 +174,10 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
 
 
 def calibrate(dataset: PreferenceDataset) -> np.ndarray:
-    """Return each image's calibrated score: its expected share of wins against the other images of its prompt.
+    """Return each image's calibrated score, its expected share of wins against the other images of its prompt: `(P, 2)`
+    in float64, for winner and loser of P pairs.
 
-    The result has the shape `(P, 2)`, for winner and loser of P pairs, in float64. Two images of a prompt with equal
+    Two images of a prompt with equal
     scores and equal pixels count as one. An image is decoded only if another of its prompt has the same score.
     """
     assert dataset.scores is not None

@@ -64,8 +64,8 @@ class Pairs(Dataset[dict[str, Any]], ABC):
 
     @property
     def marks_repeated(self) -> bool:
-        """Whether items say by the entry `repeated` that they only fill up a batch: accelerate cannot find such pairs
-        itself in streams and in batches by image size."""
+        """Whether items say by the entry `repeated` that they only fill up a batch: accelerate cannot find them itself
+        in streams and in batches by image size."""
         return self.is_stream or self.sizes is not None
 
     def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[Any] | None:
@@ -79,7 +79,7 @@ class Pairs(Dataset[dict[str, Any]], ABC):
 
 
 class PairEncodings(Protocol):
-    """Latents and embeddings that items have in place of images: `EncodedPairs` of the cache."""
+    """Latents and embeddings in place of images: `EncodedPairs` of the cache."""
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries of an item that depend on its images."""

@@ -18,7 +18,7 @@ LOSERS = 3  # last of four numbers that seed a permutation; three numbers seed a
 
 
 class PermutedLosers:
-    """Random permutation of all pairs in each epoch, from a pair to the one whose winner becomes its loser.
+    """Maps each pair to the one whose winner becomes its loser, by a new random permutation in each epoch.
 
     A loser never has the prompt of its pair. The permutation depends only on the seed and the epoch.
 

@@ -60,7 +60,7 @@ class StoredImage(NamedTuple):
             raise type(error)(f"image {self.number} {error}") from None
 
     def start(self) -> bytes:
-        """Return the result of [`start_of`] for the undecoded image."""
+        """Return [`start_of`] the undecoded image."""
         return b"".join(map(start_of, images_of_row(self.row, self.format)[self.number : self.number + 1]))
 
     def is_same(self, other: StoredImage) -> bool:
@@ -98,8 +98,8 @@ class StoredImage(NamedTuple):
             raise UndecodableImageError(f"has a source that {error}") from None
 
     def noise_seed(self, *, is_winner: bool) -> int:
-        """Return the seed of the noise from which the image was generated. `is_winner` says whether it wins its pair:
-        `SEED_COLUMNS` are those of the preferred and the other image, whatever their order in the row."""
+        """Return the seed of the noise from which the image was generated. `SEED_COLUMNS` are those of the preferred
+        and the other image, whatever their order in the row, so `is_winner` says which it is."""
         return int(self.row[SEED_COLUMNS[is_winner == self.format.is_swapped]])
 
 
@@ -140,8 +140,8 @@ class TableSource:
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`, which must be in ascending order. `image` (0 or 1) selects the image if each
-        has its own prompt."""
+        """Return the prompts of `rows`, in ascending order. `image` (0 or 1) selects the image if each has its own
+        prompt."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
@@ -217,13 +217,13 @@ class TableSource:
 
 
 class PairSource:
-    """Rows of one data set, or of several data sets in sequence.
+    """Rows of one data set, or of several in sequence.
 
     Args:
         tables (`Sequence[TableSource]`): The data sets.
         weights (`Sequence[float]`, *optional*): See [`PairMixture`].
-        number_columns (`Sequence[str]`): Columns that must have a valid number in the row of every pair: a seed of
-            noise (`SEED_COLUMNS`), or any finite number, or a list of them.
+        number_columns (`Sequence[str]`): Columns that need a valid number in every pair's row: a seed of noise
+            (`SEED_COLUMNS`), or any finite number, or a list of them.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class PairSource:
 
     def images(self, positions: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
         """Return the undecoded images at `positions`, each a row number and an image number. Without `with_images`,
-        images and source images are not read and cannot be decoded, but all other columns are read."""
+        all columns except images and source images are read, so none can be decoded."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in positions:
@@ -376,9 +376,8 @@ class PairSource:
         """Return hashes that identify pairs of these rows.
 
         Args:
-            thorough (`bool`): Whether to hash every prompt and image, for caches; these hashes depend on the image
-                files of this machine. Otherwise, only those of a few pairs are hashed, and a resumed run can compare
-                data on any machine.
+            thorough (`bool`): Whether to hash every prompt and image, for caches; these hashes depend on this machine's
+                image files. Otherwise, a few pairs are hashed, so that a resumed run can compare data on any machine.
 
         Returns:
             `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores),
@@ -455,8 +454,8 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
 def _examine_table(
     table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool, files: list[Any]
 ) -> dict[str, list[list[Any]]]:
-    """Return heights, widths and problems of the images in a batch of rows, as the columns of `EXAMINED`. `files` is
-    only there to be hashed by `datasets`, which then computes again when these facts about files change."""
+    """Return heights, widths and problems of a batch's images, as the columns of `EXAMINED`. `datasets` hashes
+    `files`, so it computes again when these facts about files change."""
     columns = row_format.image_columns
     examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
     for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):

@@ -1,7 +1,7 @@
 """Position of a training process in a stream, stored in checkpoints so that a resumed run goes on with the next pair.
 
-`datasets` has positions of its own (`IterableDataset.state_dict`), but they leave out the buffer of a shuffled stream:
-a resumed run would lose the rows in it.
+`datasets` has positions of its own (`IterableDataset.state_dict`), but without the buffer of a shuffled stream, whose
+rows a resumed run would lose.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def share(self, share: Peers) -> Stream:
-        """Return the part of the stream whose shards process `share.index` reads."""
+        """Return the shards that process `share.index` reads."""
         part = copy.copy(self)
         part.source = split_dataset_by_node(self.source, share.index, share.count)
         return part
@@ -86,13 +86,12 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]. Items have the entries that [`PreferenceDataset`] describes.
 
     Training processes divide the shards of a stream by `split_dataset_by_node` of `datasets`, and the DataLoader
-    workers of a process its shards. If the number of shards is no multiple of the number of processes, each process
-    reads all labels but decodes only its share of the pairs. So do evaluations, because all processes need the same
-    number of pairs, and rows that are compared with one another must stay together.
+    workers of a process its shards. If the shards are no multiple of the processes, each reads all labels but
+    decodes only its share of the pairs. So do evaluations: all processes need the same number of pairs, and rows that
+    are compared must stay together.
 
-    The entry `row` of an item is the number of its pair, unique in an epoch over all workers. Seed, epoch and this
-    number seed the random numbers of a pair. Bad pairs are skipped and counted. In formats that compare the images of
-    several rows, these rows must be consecutive.
+    An item's entry `row` is the number of its pair, unique in an epoch over all workers. With seed and epoch, it seeds
+    the pair's random numbers. Bad pairs are skipped and counted. Rows whose images are compared must be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One stream, or several streams to mix.
@@ -130,8 +129,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
 
     @property
     def report(self) -> DataReport:
-        """Counts of the current epoch so far, over the workers of this process only. Examples of bad rows come from the
-        DataLoader's main process."""
+        """Counts of the epoch so far, over this process's workers only. Examples of bad rows come from the DataLoader's
+        main process."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return replace(self._new_report(), **counts, examples=self._examples)
 
@@ -250,7 +249,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         self._examples = report.examples
         counts = self._counts[reader % READERS]
         if worker is None:
-            self._counts.zero_()  # clear the counts of the workers of an earlier DataLoader
+            self._counts.zero_()  # of an earlier DataLoader's workers
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if report.add(kind, row, reason, amount):
@@ -304,7 +303,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _count_same(self, is_same: bool) -> None:
-        """Warn once if most of the first pairs that this process reads have the same image twice."""
+        """Warn once if most of this process's first pairs have the same image twice."""
         self._compared += 1
         self._same += is_same
         if self._compared == COMPARED_PAIRS and 2 * self._same > COMPARED_PAIRS:

@@ -216,8 +216,8 @@ class Engine:
         """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
         prepared, and empty the dictionary.
 
-        DeepSpeed initializes the optimizer's from the rounded weights, whose rounding error is larger than the change by
-        many training steps.
+        DeepSpeed initializes the optimizer's from the rounded weights, whose rounding error is larger than the change
+        by many training steps.
         """
         sharding.restore_unrounded(weights)
 
