@@ -35,7 +35,7 @@ class AspectRatioBuckets:
 
     Args:
         resolution (`tuple[int, int]`): Height and width of the training size, in pixels; the largest area.
-        step (`int`): Pixels of which all sides, except those of `resolution`, are multiples.
+        step (`int`): All sides, except those of `resolution`, are multiples of this many pixels.
         max_aspect_ratio (`float`): Largest ratio of the longer to the shorter side.
 
     Raises:
@@ -114,7 +114,7 @@ class PairSizes:
 
     def left_out(self, group: int, *, shuffled: bool) -> dict[Size, int]:
         """Return how many pairs of each bucket are in no group of `group` pairs, in any epoch, if incomplete groups are
-        dropped. In shuffled data, these are only buckets with fewer pairs than `group`."""
+        dropped. In shuffled data, these are only pairs of buckets smaller than `group`."""
         counts = np.bincount(self.numbers, minlength=len(self.sizes))
         never = np.where(counts < group, counts, 0) if shuffled else counts % group
         return {size: count for size, count in zip(self.sizes, never.tolist(), strict=True) if count}
@@ -175,7 +175,7 @@ class BucketSampler(Sampler[PairKey]):
         yield from map(PairKey, pairs.ravel().tolist(), are_repeated.ravel().tolist())
 
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs of each group, `(groups, group)`, and a mask of the repeated ones that fill it up."""
+        """Return the pairs of each group, `(groups, group)`, and a mask of the repeated ones that fill up a group."""
         order = np.arange(len(self._pairs.numbers))
         if self._epoch is not None:
             order = np.random.default_rng([self._seed, self._epoch(), 0, ORDER]).permutation(order)

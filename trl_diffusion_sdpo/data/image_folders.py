@@ -179,6 +179,6 @@ def stem_of(file: Path, folder: Path = Path()) -> str:
 
 
 def is_other_caption(file: Path) -> bool:
-    """Return whether a file is probably a caption, although it is not named after an image."""
+    """Return whether a file is probably a caption, but not named like its image with the suffix `.txt`."""
     suffix = file.suffix.lower()
     return suffix in (".caption", ".captions") or (suffix == ".txt" and is_image(Path(file.stem)))

@@ -177,8 +177,8 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     """Return each image's calibrated score, its expected share of wins against the other images of its prompt: `(P, 2)`
     in float64, for winner and loser of P pairs.
 
-    Two images of a prompt with equal
-    scores and equal pixels count as one. An image is decoded only if another of its prompt has the same score.
+    Two images of a prompt with equal scores and equal pixels count as one. An image is decoded only if another of its
+    prompt has the same score.
     """
     assert dataset.scores is not None
     numbers: dict[str, int] = {}

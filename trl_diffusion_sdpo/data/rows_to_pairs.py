@@ -65,7 +65,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     report.unread = source.unread
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
-    if options.permutes:  # training draws the losers
+    if options.permutes:  # only winners: training draws the losers
         pairs = PairTable(pairs.positions[:, [0, 1, 0, 1]], {})
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)

@@ -140,8 +140,8 @@ class TableSource:
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`, in ascending order. `image` (0 or 1) selects the image if each has its own
-        prompt."""
+        """Return the prompts of `rows`, which must be in ascending order. `image` (0 or 1) selects the image if each
+        has its own prompt."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)

@@ -1,7 +1,7 @@
 """DataLoader workers that ignore SIGINT and SIGTERM.
 
-An interrupted job sends one to all its processes. The training process then finishes its step, which may need another
-batch, and saves a checkpoint, so the workers must stay alive.
+An interrupted job sends one of them to all its processes. The training process then finishes its step, which may need
+another batch, and saves a checkpoint, so the workers must stay alive.
 """
 
 from __future__ import annotations
