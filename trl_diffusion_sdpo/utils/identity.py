@@ -194,7 +194,7 @@ def describe_pipeline(
 
 
 def describe_component(part: Any, *, weights: Callable[[Any], str] | None = None) -> Any:
-    """Describe a component of a pipeline: a network by its weights, its adapters' scales and its configuration, a
+    """Describe a component of a pipeline: a network by all its weights, its adapters' scales and its configuration, a
     tokenizer by its words and settings, a scheduler or image processor by its configuration. For `weights`, see
     [`describe_pipeline`]."""
     config = getattr(part, "config", None)
