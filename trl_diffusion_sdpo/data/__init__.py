@@ -1,4 +1,4 @@
-"""Preference data. This subpackage turns rows of published preference data sets into batches of image pairs."""
+"""Preference data: turns rows of published data sets into batches of image pairs."""
 
 from .buckets import AspectRatioBuckets
 from .dataset import PairOptions, PreferenceCollator, PreferenceDataset

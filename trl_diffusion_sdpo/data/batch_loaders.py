@@ -1,4 +1,4 @@
-"""Data loaders of the trainer, which leave batches on the CPU, and the choice of their number of workers."""
+"""The trainer's data loaders, which leave batches on the CPU, and the choice of their workers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .worker_processes import CollateIntoSharedMemory, WorkerStart
 
 logger = logging.getLogger(__name__)
 
-MAX_WORKERS = 4  # four workers decode a few hundred pairs per second, more than a denoiser trains on
-MAX_READERS = 8  # largest number of workers while pairs are encoded before training
-FEW_PAIRS = 512  # if there are fewer pairs, the main process decodes them all in seconds
+MAX_WORKERS = 4  # they decode a few hundred pairs per second, more than a denoiser trains on
+MAX_READERS = 8  # most workers while pairs are encoded before training
+FEW_PAIRS = 512  # the main process decodes fewer pairs in seconds
 PREFETCH_FACTOR = 2  # batches that each worker prepares in advance, torch's default
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -37,7 +37,7 @@ SHARED_MEMORY = Path("/dev/shm")
 @dataclass
 class CollateStream:
     """Collator for a stream in training, whose batches say how far the stream has been read. Batches before the
-    position at which the stream resumes are returned as empty dictionaries, which accelerate skips."""
+    position from which the stream resumes become empty dictionaries, which accelerate skips."""
 
     collate: Callable[[list[Any]], Any]
 
@@ -67,19 +67,18 @@ class BatchLoaders:
     def evaluation(
         self, dataset: Pairs, sampler: Sampler | None, collate: Callable, *, keep: bool = False
     ) -> DataLoader:
-        """Return a loader for evaluation. With `keep`, the loader is cached, and later calls with this data set return
-        it again."""
+        """Return a loader for evaluation. With `keep`, later calls with this data set return it again."""
         key = (id(dataset), self._args.eval_batch_size)
         if key in self._evaluation:
             return self._evaluation[key][1]
         loader = self._make(dataset.for_evaluation(), self._args.eval_batch_size, sampler, collate, WorkerStart())
         if keep:
-            self._evaluation[key] = dataset, loader  # also store the data set, so that no other object gets its id
+            self._evaluation[key] = dataset, loader  # with the data set, so that no other object gets its id
         return loader
 
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]]) -> DataLoader:
-        """Return a loader that does not distribute items over processes. For each list of keys in `batches`, the loader
-        returns the list of the `items` with these keys."""
+        """Return a loader that does not distribute items over processes. For each list of keys in `batches`, it returns
+        the list of `items` with these keys."""
         workers = self._args.dataloader_num_workers
         return _plain_loader(self._args, items, workers, batch_sampler=batches, collate_fn=list)
 
@@ -88,7 +87,7 @@ class BatchLoaders:
     ) -> DataLoader:
         args = self._args
         accelerator = self._accelerator
-        if isinstance(dataset, PreferenceIterableDataset):  # a stream itself selects this process's share of the pairs
+        if isinstance(dataset, PreferenceIterableDataset):  # a stream selects this process's share itself
             dataset = dataset.for_process(Peers(args.process_index, args.world_size))
         loader = _plain_loader(
             args,
@@ -103,8 +102,8 @@ class BatchLoaders:
             persistent_workers=args.dataloader_persistent_workers,
             in_order=keeps_order(args),
         )
-        # Do not call `Accelerator.prepare`, because it keeps a reference to every loader, and its loaders move a batch
-        # to the device while the previous batch still trains.
+        # Not `Accelerator.prepare`: it keeps a reference to every loader, and its loaders move a batch to the device
+        # while the previous one still trains.
         return prepare_data_loader(
             loader,
             num_processes=1 if dataset.is_stream else None,
@@ -137,12 +136,12 @@ def warn_of_large_steps(pairs: int, batch_size: int, args: TrainingArguments) ->
 
 
 def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDataset, item_bytes: int) -> DataLoader:
-    """Return a loader that returns all `items` one by one and in order, without distributing them over processes.
+    """Return a loader of all `items` one by one and in order, not distributed over processes.
 
     Args:
         items (`Dataset`): Data set whose items are read from `pairs`.
-        item_bytes (`int`): Size of an item's tensors in bytes. Larger items allow fewer workers, because workers hold
-            items in shared memory.
+        item_bytes (`int`): Size of an item's tensors in bytes. Larger items allow fewer workers, which hold them in
+            shared memory.
     """
     workers = args.dataloader_num_workers
     if workers is None:
@@ -172,12 +171,12 @@ def choose_workers(
     resolution: tuple[int, int],
     evaluates: bool = False,
 ) -> None:
-    """Choose `args.dataloader_num_workers` for the training data, and log the number.
+    """Choose `args.dataloader_num_workers` for the training data, and log it.
 
     Args:
         resolution (`tuple[int, int]`): Height and width of the images in a batch.
-        evaluates (`bool`): Whether there are evaluations during training. During an evaluation, the prefetched batches
-            of training stay in memory.
+        evaluates (`bool`): Whether there are evaluations during training, in which the prefetched batches of training
+            stay in memory.
     """
     pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
     batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
@@ -187,7 +186,7 @@ def choose_workers(
 
 
 def _min_workers(args: TrainingArguments) -> int:
-    """Return 1 if the settings include an option that torch refuses without workers, else 0."""
+    """Return 1 if an option is set that torch refuses without workers, else 0."""
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 
@@ -205,8 +204,8 @@ def _suitable_workers(
 
 
 def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:
-    """Return how many workers each process of this machine can have so that all their prefetched batches fit into half
-    of the free shared memory. Containers often have little shared memory."""
+    """Return how many workers each process of this machine can have, with prefetched batches in half of the free shared
+    memory, of which containers often have little."""
     if not SHARED_MEMORY.is_dir():
         return MAX_READERS
     prefetched = args.dataloader_prefetch_factor

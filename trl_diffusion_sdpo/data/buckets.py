@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets. This module lists image sizes (buckets) of about equal area, assigns each pair to a bucket, and
-orders pairs so that all images of a batch have the same size."""
+"""Aspect-ratio buckets: image sizes of about equal area, each pair's bucket, and an order of pairs in which all images
+of a batch have one size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from ..utils.errors import UserError
 from .images import Size
 
-MIN_AREA = 0.9  # smallest area of a size, as a share of the area of `resolution`
+MIN_AREA = 0.9  # smallest area of a size, as a share of `resolution`'s
 ORDER = 1  # last of four numbers that seed an epoch's order; three numbers seed a pair, so seeds differ
 
 
@@ -26,17 +26,17 @@ ORDER = 1  # last of four numbers that seed an epoch's order; three numbers seed
 class AspectRatioBuckets:
     """Image sizes with at most the area of `resolution` and aspect ratios up to `max_aspect_ratio`.
 
-    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at which
-    neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of `resolution` are
-    left out. Every size exists as portrait and landscape. `resolution` is always one of the sizes.
+    For every shorter side that is a multiple of `step`, the longer one is the largest multiple of `step` that keeps
+    both limits. Sizes with less than nine tenths of the area of `resolution` are left out. Every size exists as
+    portrait and landscape, and `resolution` is always one of them.
 
     At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
     appendix I).
 
     Args:
-        resolution (`tuple[int, int]`): Height and width of the training size, in pixels. No bucket has a larger area.
-        step (`int`): All sides, except those of `resolution`, are multiples of `step` pixels.
-        max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
+        resolution (`tuple[int, int]`): Height and width of the training size, in pixels; the largest area.
+        step (`int`): All sides, except those of `resolution`, are multiples of this many pixels.
+        max_aspect_ratio (`float`): Largest ratio of the longer to the shorter side.
 
     Raises:
         ValueError: If `step` is below 1, the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or `resolution`
@@ -80,8 +80,7 @@ class AspectRatioBuckets:
     def assign(self, sizes: np.ndarray) -> np.ndarray:
         """Return each pair's bucket: the size that is nearest, in log aspect ratio, to the mean of the two images.
 
-        If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
-        machines choose the same buckets.
+        Of two that are equally near, the squarer one. The computation uses integers, so all machines choose the same.
 
         Args:
             sizes (`np.ndarray` of shape `(P, 4)`, int64): Height and width of the winner and of the loser, in pixels.
@@ -93,7 +92,7 @@ class AspectRatioBuckets:
         widths = sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
-            # Comparing products of sides, in integers, gives the same order as comparing mean log aspect ratios.
+            # Products of sides, in integers, compare in the same order as mean log aspect ratios.
             beyond, within = heights * (width * next_width), widths * (height * next_height)
             upright = height * next_height >= width * next_width
             numbers += beyond > within if upright else beyond >= within
@@ -102,20 +101,20 @@ class AspectRatioBuckets:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """Bucket of each pair. The bucket is the size at which the pair is trained."""
+    """Bucket of each pair: the size at which it trains."""
 
     sizes: tuple[Size, ...]  # `(height, width)` of each bucket
     numbers: np.ndarray  # index of each pair's bucket in `sizes`, `(P,)`
 
     def fingerprint(self) -> str:
-        """Return a hash of the sizes and of each pair's bucket. All machines compute the same hash."""
+        """Return a hash of the sizes and of each pair's bucket, the same on all machines."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
     def left_out(self, group: int, *, shuffled: bool) -> dict[Size, int]:
         """Return how many pairs of each bucket are in no group of `group` pairs, in any epoch, if incomplete groups are
-        dropped. In shuffled data, these are only the pairs of buckets with fewer pairs than `group`."""
+        dropped. In shuffled data, these are only pairs of buckets smaller than `group`."""
         counts = np.bincount(self.numbers, minlength=len(self.sizes))
         never = np.where(counts < group, counts, 0) if shuffled else counts % group
         return {size: count for size, count in zip(self.sizes, never.tolist(), strict=True) if count}
@@ -125,21 +124,20 @@ class PairKey(NamedTuple):
     """Key of an item in a batch of one size."""
 
     pair: int  # index of the pair
-    is_repeated: bool  # whether the pair only fills up the batch, so that evaluations ignore its result
+    is_repeated: bool  # whether the pair only fills up the batch, so that evaluations ignore it
 
 
 class BucketSampler(Sampler[PairKey]):
-    """Sampler that orders pairs so that every `group` consecutive pairs have the same size.
+    """Orders pairs so that every `group` consecutive ones have the same size.
 
-    The sampler shuffles the pairs, and then cuts each bucket's pairs into groups. Groups are ordered by the position of
-    their first pair in the shuffled order. If needed, the first pairs of a bucket fill up its last group.
+    Pairs are shuffled, and each bucket's are cut into groups. Groups come in the order of their first pair. If needed,
+    the first pairs of a bucket fill up its last group.
 
     Args:
         pairs ([`PairSizes`]): Bucket of each pair.
         group (`int`): Number of pairs in one step of all processes together.
-        seed (`int`): Seed with which pairs are shuffled.
-        epoch (`Callable[[], int]`, *optional*): Function that returns the current epoch. Without it, pairs are not
-            shuffled.
+        seed (`int`): Seed of the shuffling.
+        epoch (`Callable[[], int]`, *optional*): Returns the current epoch. Without it, pairs are not shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 
     Raises:
@@ -177,7 +175,7 @@ class BucketSampler(Sampler[PairKey]):
         yield from map(PairKey, pairs.ravel().tolist(), are_repeated.ravel().tolist())
 
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs of each group, `(groups, group)`, and a mask of the repeated pairs that fill up a group."""
+        """Return the pairs of each group, `(groups, group)`, and a mask of the repeated ones that fill up a group."""
         order = np.arange(len(self._pairs.numbers))
         if self._epoch is not None:
             order = np.random.default_rng([self._seed, self._epoch(), 0, ORDER]).permutation(order)

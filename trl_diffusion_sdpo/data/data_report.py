@@ -1,4 +1,4 @@
-"""Report of how many rows and pairs a data set has, and how many were dropped and why."""
+"""How many rows and pairs a data set has, and how many were dropped and why."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 
 from ..utils.errors import UserError
 
-SAMPLED_PAIRS = 128  # number of pairs that are decoded before training, within a second or two
+SAMPLED_PAIRS = 128  # pairs to decode before training, within a second or two
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small", "cut_prompts")
-RARE = ("too_small", "cut_prompts")  # counts that are not listed if they are 0
+RARE = ("too_small", "cut_prompts")  # counts not listed if 0
 MAX_EXAMPLES = 5
 PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
 SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
 
 
 class BadDataError(UserError):
-    """Error that stops the run, because the data cannot be used for training."""
+    """Stops the run: the data cannot be used for training."""
 
 
 @dataclass
 class DataReport:
-    """Counts of a data set's rows and pairs, counts of drops by reason, and examples of dropped rows."""
+    """Counts of rows and pairs, of drops by reason, and examples of dropped rows."""
 
     name: str  # name of the data in messages
     format: str  # a key of `FORMATS`, or several keys joined by `+`
@@ -47,7 +47,7 @@ class DataReport:
         return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
-        """Add `amount` to the count `kind`. Return whether the report has added the row to its examples."""
+        """Add `amount` to the count `kind`. Return whether the row is now one of the examples."""
         setattr(self, kind, getattr(self, kind) + amount)
         examples = self.examples.setdefault(kind, [])
         if len(examples) == MAX_EXAMPLES:
@@ -71,6 +71,6 @@ class DataReport:
 
 
 def evenly_spaced(size: int, wanted: int) -> np.ndarray:
-    """Return up to `wanted` different, evenly spaced indices from 0 to `size - 1`, starting at 0."""
+    """Return up to `wanted` evenly spaced indices from 0 to `size - 1`, starting at 0, all different."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)

@@ -1,4 +1,4 @@
-"""Torch data set that reads and transforms the images of preference pairs, and the collator that makes batches."""
+"""Torch data set that reads and transforms the images of pairs, and the collator that makes batches of them."""
 
 from __future__ import annotations
 
@@ -37,37 +37,37 @@ class PairOptions:
     """Settings for making pairs from a preference data set.
 
     Args:
-        transform (`PairTransform`): Transform that resizes, crops and flips images.
-        prompt_dropout (`float` in `[0, 1]`): Probability with which training replaces a prompt by an empty prompt.
+        transform (`PairTransform`): Resizes, crops and flips images.
+        prompt_dropout (`float` in `[0, 1]`): Probability with which training empties a prompt.
         seed (`int`, not negative): Seed of all random draws.
-        dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
+        dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine it.
         verify_images (`str`): Images of a map-style data set to decode before training: those of `SAMPLED_PAIRS` evenly
             spaced pairs with `"sample"`, all with `"all"`, which drops bad pairs and is cached by `datasets`. Otherwise
             the next good pair replaces a bad one during training.
-        num_proc (`int`, *optional*): Number of worker processes that check images. By default, one per CPU core if
-            there are many images, and otherwise none.
+        num_proc (`int`, *optional*): Worker processes that check images. By default, one per CPU core if there are many
+            images, and otherwise none.
         image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
-            The header of every image is read to choose each pair's size.
+            The header of every image is read to choose each pair's.
         min_side (`int`, *optional*): Smallest allowed shorter side, in pixels. Pairs with a smaller image are dropped.
         training (`bool`): Whether the pairs are for training. An evaluation crops at the center, never flips, never
             empties prompts, and draws the same random numbers in every epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
-            new order. `repeat` has no effect on map-style data sets.
-        distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
-            repeat. By default, random numbers never repeat.
+            new order. No effect on map-style data sets.
+        distinct_epochs (`int`, *optional*): Epochs after which the random numbers of a map-style data set repeat. By
+            default, they never do.
         use_scores (`bool`): Whether to read score columns if they exist. Rows without a score are then dropped.
-        needs_scores (`str`): The setting that needs score columns, for the message if the data have none, such as
+        needs_scores (`str`): The setting that needs score columns, for the message if there are none, such as
             "`pair_weights`". By default, none does.
         needs_masks (`str`): The setting that needs a mask column, in the same way.
-        needs_all_rows (`Sequence[str]`): Further settings for which all rows must be read before the first batch, so
-            that they cannot be used with a stream.
+        needs_all_rows (`Sequence[str]`): Further settings that need all rows before the first batch, and so cannot be
+            used with a stream.
         score_reading (`ScoreReading`, *optional*): What the loss needs of the scores.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
-        noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
-            columns `SEED_COLUMNS`. Only items for training have noise seeds.
+        noise_seeds (`bool`): Whether to read, for training, the seeds of the noise from which the images were
+            generated, in the columns `SEED_COLUMNS`.
         losers (`str`): `"data"` reads losers from the data. `"permute"` takes winners of pairs with other prompts, by a
             new random permutation in each epoch.
     """
@@ -101,7 +101,7 @@ class PairOptions:
 
     @property
     def reads_sizes(self) -> bool:
-        """Whether the size of every image is read before the first batch."""
+        """Whether every image's size is read before the first batch."""
         return self.buckets is not None or self.min_side is not None
 
     def for_evaluation(self) -> PairOptions:
@@ -115,20 +115,20 @@ class PairOptions:
 
 
 class PreferenceDataset(Pairs):
-    """Map-style data set of pairs, made by [`prepare_dataset`] from a source data set.
+    """Map-style data set of pairs, made by [`prepare_dataset`].
 
     Items are dicts with these entries:
 
     - `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): winner and loser;
-    - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have prompts of their own;
+    - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have their own;
     - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(2,)`), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, resized and
-      cropped like `pixel_values` if they have the shape of the pair's images, else whole;
+      cropped like `pixel_values` if they have the pair's shape, else whole;
     - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the initial noise of winner and loser;
-    - `repeated` (`bool`), if there are aspect-ratio buckets: whether the pair is a repetition that fills up a batch.
+    - `repeated` (`bool`), with aspect-ratio buckets: whether the pair only fills up a batch.
 
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
     `pixel_values`.
@@ -140,10 +140,10 @@ class PreferenceDataset(Pairs):
         source ([`PairSource`]): Prompts and images.
         pairs ([`PairTable`]): Positions of the pairs' images, and further columns.
         options ([`PairOptions`]): Settings with which the pairs were made.
-        report ([`DataReport`]): Counts of the rows and pairs that were dropped so far.
-        losers ([`PermutedLosers`], *optional*): Random permutation that chooses losers from other pairs.
-        source_sizes (`Mapping`, *optional*): All sizes that the sources of an item have, as tuples with
-            `(height, width)` of each source, by the `(height, width)` at which the item's pair trains.
+        report ([`DataReport`]): Rows and pairs dropped so far.
+        losers ([`PermutedLosers`], *optional*): Chooses losers from other pairs.
+        source_sizes (`Mapping`, *optional*): All sizes of an item's sources, as tuples with `(height, width)` of each,
+            by the `(height, width)` at which the pair trains.
     """
 
     is_stream = False
@@ -157,7 +157,7 @@ class PreferenceDataset(Pairs):
         losers: PermutedLosers | None = None,
         source_sizes: Mapping[Size, set[tuple[Size, ...]]] | None = None,
     ) -> None:
-        self.source = source  # rows that the pairs are made from
+        self.source = source  # rows behind the pairs
         self._pairs = pairs
         self._options = options
         self._report = report
@@ -194,7 +194,7 @@ class PreferenceDataset(Pairs):
         raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
     def _item(self, pair: int, loser_pair: int | None = None) -> dict[str, Any]:
-        """Return the item of a pair. If `loser_pair` is passed, the winner of `loser_pair` is the loser of the item."""
+        """Return the item of a pair, with the winner of `loser_pair` as its loser if passed."""
         options = self._options
         epoch = self._drawn_epoch
         draws = PairDraws.from_key(options.seed, epoch, pair)
@@ -229,7 +229,7 @@ class PreferenceDataset(Pairs):
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
-        """Return the scores, the weight and the reference errors of a pair, as entries of its item."""
+        """Return a pair's scores, weight and reference errors, as entries of its item."""
         columns = self._pairs.columns
         numbers: dict[str, Any] = {}
         if self.scores is not None:
@@ -276,16 +276,15 @@ class PreferenceDataset(Pairs):
 
     @property
     def scores(self) -> np.ndarray | None:
-        """Scores of winners and losers, `(P, 2)`, calibrated if `set_calibrated_scores` was called, or `None` if none
-        exist."""
+        """Scores of winners and losers, `(P, 2)`, or `None`. Calibrated after `set_calibrated_scores`."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
 
     def set_calibrated_scores(self, scores: np.ndarray) -> None:
-        """Replace the scores from the score columns by calibrated scores `(P, 2)`."""
+        """Replace the scores of the columns by calibrated ones, `(P, 2)`."""
         self._pairs = self._pairs.with_columns(calibrated=scores)
 
     def set_weights(self, weights: np.ndarray) -> None:
-        """Set the factor by which each pair's loss is multiplied, `(P,)`."""
+        """Set the factor of each pair's loss, `(P,)`."""
         self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
     @property
@@ -295,25 +294,24 @@ class PreferenceDataset(Pairs):
 
     @property
     def reader(self) -> ImageReader:
-        """Reader that opens and decodes images of the URL schemes that rows may use."""
+        """Opens and decodes images of the URL schemes that rows may use."""
         return self._options.reader
 
     @property
     def sizes(self) -> PairSizes | None:
-        """Bucket of each pair, or `None` if all pairs are trained at the transform's `resolution`."""
+        """Bucket of each pair, or `None` if all train at the transform's `resolution`."""
         buckets = self._options.buckets
         numbers = self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
     def target_size(self, row: int) -> Size:
-        """Return `(height, width)` at which a pair is trained."""
+        """Return the `(height, width)` at which a pair trains."""
         if self.sizes is None:
             return self._options.transform.height, self._options.transform.width
         return self.sizes.sizes[self.sizes.numbers[row]]
 
     def prompts(self, first: int | None = None) -> set[str]:
-        """Return the distinct prompts of the `first` pairs, or of all pairs by default. If losers have prompts of their
-        own, these prompts are included."""
+        """Return the distinct prompts of the `first` pairs, by default of all, including losers' own prompts."""
         return {prompt for _, prompts in self._prompts_by_row(first) for prompt in prompts}
 
     def _prompts_by_row(self, first: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -327,8 +325,7 @@ class PreferenceDataset(Pairs):
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Return hashes that identify these pairs; see [`PairSource.fingerprint`]. If `thorough`, pair weights are not
-        hashed."""
+        """Return hashes that identify these pairs; see [`PairSource.fingerprint`]. If `thorough`, without weights."""
         facts = peers.first(lambda: self.source.fingerprint(self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
@@ -362,7 +359,7 @@ class PreferenceDataset(Pairs):
         pair number, which must not depend on temporarily unreadable files.
 
         Raises:
-            ValueError: If no pair of the sample can be decoded, and the data set has further pairs.
+            ValueError: If none of the sample can be decoded, and there are further pairs.
         """
         sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS).tolist()
         problems = peers.first(lambda: [self._problem_of(pair) for pair in sample])
@@ -374,7 +371,7 @@ class PreferenceDataset(Pairs):
             raise UserError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
 
     def _problem_of(self, pair: int) -> tuple[int, str] | None:
-        """Decode a pair's images. Return the row of the first bad image and the reason, or `None` if both are good."""
+        """Decode a pair's images. Return the row of the first bad one and the reason, or `None` if both are good."""
         for row, image in self.positions[pair].reshape(2, 2).tolist():
             try:
                 self.source.images([(row, image)])[0].decode(self._options.reader)
@@ -383,15 +380,15 @@ class PreferenceDataset(Pairs):
         return None
 
     def sample_of_identical(self) -> list[bool]:
-        """Return, for each of some evenly spaced pairs, whether both of its images are the same. They are not decoded.
-        Permuted losers are always other images."""
+        """Return whether both images of a pair are the same, undecoded, for some evenly spaced pairs. Permuted losers
+        are always other images."""
         if self._losers is not None:
             return [False]
         sample = self.positions[evenly_spaced(len(self), data_report.SAMPLED_PAIRS)].reshape(-1, 2, 2).tolist()
         return [winner.is_same(loser) for winner, loser in map(self.source.images, sample)]
 
     def _forget_undecodable(self) -> None:
-        """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""
+        """Clear the mask of undecodable pairs, which workers share, so that all are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         if self._losers is not None:
             self._losers.bad.zero_()
@@ -400,7 +397,7 @@ class PreferenceDataset(Pairs):
 
     @property
     def epoch(self) -> int:
-        """Epoch that was set by `set_epoch`."""
+        """Epoch set by `set_epoch`."""
         return int(self._epoch)
 
     @property
@@ -435,7 +432,7 @@ class PreferenceDataset(Pairs):
 
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs for evaluation: cropped at the center, never flipped, no prompt emptied, without weights,
-        and with the same seeds in every epoch, so that evaluations can be compared."""
+        and with the same seeds in every epoch, so that evaluations are comparable."""
         view = self.in_epoch(0)  # this view has an epoch of its own
         view._options = self._options.for_evaluation()
         view._pairs = self._pairs.with_columns(weight=None)
@@ -444,7 +441,7 @@ class PreferenceDataset(Pairs):
         return view
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
-        """Return a view of these pairs with the random numbers of epoch `epoch`, without reference errors."""
+        """Return a view of these pairs with the random numbers of `epoch`, without reference errors."""
         view = copy.copy(self)
         view._pairs = self._pairs.with_columns(ref_errors=None)
         view._epoch = new_epoch()
@@ -454,18 +451,18 @@ class PreferenceDataset(Pairs):
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
     def use_encoded(self, encoded: PairEncodings) -> None:
-        """Read latents and embeddings from `encoded` instead of images. Undecodable pairs are tried again."""
+        """Read latents and embeddings from `encoded` instead of images, and try undecodable pairs again."""
         self._encoded = encoded
         self._forget_undecodable()
 
     @property
     def has_reference_errors(self) -> bool:
-        """Whether items have errors of the reference model that were computed before training."""
+        """Whether items have errors of the reference model, computed before training."""
         return "ref_errors" in self._pairs.columns
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Set the reference model's errors, float32 `(E, P, 2)`, for E epochs, P pairs, and winner and loser. If
-        an error of a pair is NaN, the pair is treated as undecodable."""
+        """Set the reference model's errors, float32 `(E, P, 2)`, for E epochs, P pairs, and winner and loser. A pair
+        with a NaN counts as undecodable."""
         epochs = self._options.distinct_epochs if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape != (epochs, len(self), 2):
@@ -478,13 +475,13 @@ class PreferenceDataset(Pairs):
             self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2)))
 
     def draw_settings(self) -> dict[str, Any]:
-        """Return the settings on which items depend, such as the seed and the settings of the transform."""
+        """Return the settings on which items depend, such as the seed and the transform's."""
         options = self._options
         drawn = {"seed": options.seed, "prompt_dropout": options.prompt_dropout, "training": options.training}
         return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self._options.permutes else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
-        """Return the settings of the transform, with values that can be written to JSON."""
+        """Return the transform's settings, with values that JSON can hold."""
         transform = self._options.transform
         return {"transform": type(transform).__name__, **vars(transform), "interpolation": INTERPOLATION.name.lower()}
 
@@ -496,7 +493,7 @@ class PreferenceDataset(Pairs):
         return training and transform.random_flip, training and not transform.center_crop
 
     def edits(self) -> Iterator[tuple[tuple[int, int, int], bool, str]]:
-        """Yield each edit that items can contain: key of the source images, whether these are mirrored, and prompt."""
+        """Yield each edit that items can contain: key of the source images, whether they are mirrored, and prompt."""
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
         prompts = dict(self._prompts_by_row())
@@ -506,16 +503,16 @@ class PreferenceDataset(Pairs):
                     yield self._source_key(pair), is_mirrored, prompt
 
     def _source_key(self, pair: int) -> tuple[int, int, int]:
-        """Return what the sources of a pair depend on: their row, which of them are cropped with the pair (a number
-        with one bit for each), and its bucket."""
+        """Return what the sources of a pair depend on: their row, one bit for each that is cropped with the pair, and
+        the pair's bucket."""
         bucket = 0 if self.sizes is None else int(self.sizes.numbers[pair])
         return int(self.positions[pair, 0]), int(self._pairs.columns["sources_cut"][pair]), bucket
 
     def sources_of(self, key: tuple[int, int, int], is_mirrored: bool) -> list[Image.Image]:
-        """Return the source images with a key of `edits`, cropped at the center, as items have them.
+        """Return the source images with a key of `edits`, cropped at the center, as in items.
 
         Raises:
-            UndecodableImageError: If the row has no source image, or one of them cannot be decoded.
+            UndecodableImageError: If the row has no source image, or one cannot be decoded.
         """
         sources = self.source.images([(key[0], 0)])[0].sources(self._options.reader)
         return self._fit_sources(sources, key, is_mirrored)
@@ -524,7 +521,7 @@ class PreferenceDataset(Pairs):
         self, sources: list[Image.Image], key: tuple[int, int, int], is_mirrored: bool, corner: Size | None = None
     ) -> list[Image.Image]:
         """Resize, mirror and crop source images exactly as the images of their pair, whose crop has its top left corner
-        at `corner`, by default at the center. Sources that stay whole are only mirrored."""
+        at `corner`, by default at the center. Whole ones are only mirrored."""
         transform = self._options.transform
         buckets = self._options.buckets
         _, are_cut, bucket = key
@@ -538,8 +535,8 @@ class PreferenceDataset(Pairs):
         return fitted
 
     def image_numbers(self) -> np.ndarray:
-        """Return a number for each image of each pair, int64 of shape `(P, 2)`. Images with equal numbers have equal
-        pixels, apart from flips and random crops."""
+        """Return a number for each image of each pair, int64 of shape `(P, 2)`. Equal numbers mean equal pixels, apart
+        from flips and random crops."""
         images = self.positions.reshape(-1, 2, 2).astype(np.int64)
         numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
         return numbers if self.sizes is None else numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]
@@ -548,7 +545,7 @@ class PreferenceDataset(Pairs):
         self, pair: int, side: int, draws: Sequence[PairDraws]
     ) -> list[tuple[torch.Tensor, Size, Size]]:
         """Transform a pair's winner (`side` 0) or loser (`side` 1) once with each of the random numbers `draws`. For
-        each, return pixels `(3, H, W)`, the image's `(height, width)`, and the `(top, left)` corner of the crop.
+        each, return pixels `(3, H, W)`, the image's `(height, width)`, and the crop's `(top, left)` corner.
 
         Raises:
             UndecodableImageError: If the image cannot be decoded.
@@ -560,7 +557,7 @@ class PreferenceDataset(Pairs):
 
 
 def new_epoch() -> torch.Tensor:
-    """Return a tensor with the epoch 0, in memory that DataLoader workers share."""
+    """Return an epoch of 0, in memory that DataLoader workers share."""
     return torch.zeros(1, dtype=torch.long).share_memory_()
 
 
@@ -574,10 +571,10 @@ def complete_item(
     *,
     two_prompts: bool,
 ) -> None:
-    """Add prompts, seed, pair number and masks to an item that already contains the images.
+    """Add prompts, seed, pair number and masks to an item that already has its images.
 
     Raises:
-        UndecodableImageError: If a mask cannot be decoded, or if its size differs from that of its image.
+        UndecodableImageError: If a mask cannot be decoded, or its size differs from its image's.
     """
     is_emptied = options.training and draws.dropout < options.prompt_dropout
     item |= {"prompt": "" if is_emptied else winner.prompt, "seed": draws.seed, "row": row}
@@ -599,22 +596,21 @@ class PreferenceCollator:
       the batch size from the first entry;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer makes them
       floats in `[-1, 1]` on the device, one micro-batch at a time; a custom collator may return floats itself;
-    - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
+    - `prompts` (`list[str]` of length B, or 2B if losers have their own, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): seeds of noise and timestep;
     - `counted` (`int`), if repeated pairs may fill up the batch: number of pairs that are not repeated;
-    - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
-    - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
-    - `noise_seeds` (`list[int]` of length 2B), winners first, if training reads them: seeds of the images' initial
+    - `scores` (`torch.FloatTensor` of shape `(2B,)`), if there are score columns;
+    - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if there is a mask column;
+    - `noise_seeds` (`list[int]` of length 2B, winners first), if training reads them: seeds of the images' initial
       noise;
-    - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
+    - `sources` (`list[list[PIL.Image.Image]]` of length B), if there is a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2B,)`, winners first), if reference errors were computed before
-      training.
+    - `ref_errors` (`torch.FloatTensor` of shape `(2B,)`, winners first), if computed before training.
 
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
-    end with zeros) and `host_conditioning` (lists of length B) are added. If there are 2B prompts, both have length 2B.
+    end with zeros) and `host_conditioning` (lists of length B) are added, with length 2B if there are 2B prompts.
 
     Raises:
         ValueError: If the items have different entries, or tensors that cannot be stacked.
@@ -656,7 +652,7 @@ class PreferenceCollator:
 
 
 def _entries(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of an item's entries, and of the entries of mappings in it."""
+    """Yield the names of an item's entries, and those of mappings in it."""
     for name, value in item.items():
         yield name
         if isinstance(value, Mapping):
@@ -664,8 +660,7 @@ def _entries(item: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the items' pixels, or the latents and embeddings that replace them. All images of a batch must have the
-    same size."""
+    """Stack the items' pixels, or the latents and embeddings in their place. A batch must have one image size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
@@ -678,7 +673,7 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack B tensors `(T, ...)` of different lengths T into a tensor `(B, longest T, ...)`, padded with zeros."""
+    """Stack B tensors `(T, ...)` of different lengths T into `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     if len({row.shape[1:] for row in rows}) > 1:

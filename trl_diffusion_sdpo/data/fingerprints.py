@@ -18,13 +18,13 @@ from ..utils.files import file_facts
 from ..utils.identity import short_hash
 from .images import as_list
 
-HASHED_BYTES = 2**16  # number of bytes at the start of an image that are hashed
+HASHED_BYTES = 2**16  # bytes at the start of an image that are hashed
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in addresses of the Hub
 
 
 def start_of(image: Any) -> bytes:
-    """Return size and first bytes of an undecoded image, which are equal on all machines. Of a URL or a missing file,
-    return the name."""
+    """Return size and first bytes of an undecoded image, equal on all machines. Of a URL or a missing file, return the
+    name."""
     content = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
     if isinstance(content, bytes):
         return f"{len(content)} ".encode() + content[:HASHED_BYTES]
@@ -35,7 +35,7 @@ def start_of(image: Any) -> bytes:
 
 
 def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
-    """Return the names of the local files in an Arrow column of images, in the order of the rows."""
+    """Return the names of local files in an Arrow column of images, in the order of the rows."""
     if isinstance(column, pa.ChunkedArray):
         return [name for chunk in column.chunks for name in local_names(chunk)]
     if isinstance(column, pa.ExtensionArray):
@@ -54,7 +54,7 @@ def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
 
 
 def digest_of(text: str) -> int:
-    """Return a 64-bit hash of a text. All machines compute the same hash."""
+    """Return a 64-bit hash of a text, the same on all machines."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
 
 

@@ -1,12 +1,12 @@
-"""Formats of preference data: what the columns of a row are called, and which pairs follow from their labels.
+"""Formats of preference data: which columns a row has, and which pairs follow from its labels.
 
-`FORMATS` has one entry per format. A format turns the label of a row into one score per image. A larger score is
-better. [`compare`] turns scores into winners, losers and ties. This module reads no images.
+`FORMATS` has one entry per format. A format turns a row's label into one score per image, larger is better, and
+[`compare`] turns scores into winners, losers and ties. No images are read here.
 
-Whatever else can be trained on has rows in one of these formats. Lines of Flow-Factory become rows of `canonical` here,
-in [`flow_factory_row`]. Folders of images become rows of `canonical`, or of `hpdv2` if their names are ranked
-(`image_folders.py`). A stream has the same rows as a table, one after the other (`streaming.py`). Files and names of
-images are found by `loading.py`, which looks at no label.
+Whatever else can be trained on has rows in one of these formats: lines of Flow-Factory become rows of `canonical`
+([`flow_factory_row`]), and folders of images become rows of `canonical`, or of `hpdv2` if their names are ranked
+(`image_folders.py`). A stream has a table's rows, one after the other (`streaming.py`). `loading.py`, which looks at no
+label, finds files and names of images.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ..utils.score_scale import SCALE_COLUMN, ScoreReading, ScoreScale
 
 logger = logging.getLogger(__name__)
 
-SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edit; the first that exists is read
+SOURCE_COLUMNS = ("source_image", "source")  # columns of images to edit; the first that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
 TEXT = ("string", "large_string")
-LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
+LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
 SHOWN = 60  # characters of a prompt in a reason
 VALID = ("true", "1", "1.0", "yes")  # words of a validity column
 INVALID = ("false", "0", "0.0", "no")
 # Longest prompt, in characters. Text encoders read 77 to 1024 tokens of about 4 characters, so at 16 characters a token
 # nothing that they read is cut off. Longer texts, such as a book, would take minutes and gigabytes to tokenize.
 LONGEST_PROMPT = 1024 * 16
-# Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
+# Counts dropped rows or pairs: kind of drop, row, reason, amount.
 Reject = Callable[[str, int, str, int], object]
 
 
 class PairReference(NamedTuple):
-    """The two images of a pair. Each image is identified by its row and by its number within the row."""
+    """The two images of a pair, each by its row and its number within the row."""
 
     winner_row: int
     winner_image: int
@@ -47,39 +47,38 @@ class PairReference(NamedTuple):
     scores: tuple[float, float] | None
 
     def swapped(self) -> PairReference:
-        """Return the pair with winner and loser exchanged, and scores negated, because the worse image now counts as
-        better."""
+        """Return the pair with winner and loser exchanged, and scores negated: the worse image now counts as better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
 
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """Columns of prompts, images and labels in one kind of preference data set.
+    """Columns of prompts, images and labels in one kind of data set.
 
     Attributes:
         name (`str`): Key in `FORMATS`.
         prompt_columns (`tuple[str, ...]`): Accepted prompt columns. The first that exists is read.
-        image_columns (`tuple[str, ...]`): The two image columns, or the single image column.
+        image_columns (`tuple[str, ...]`): The two image columns, or the single one.
         other_image_columns (`tuple[str, ...]`): Further accepted names of a single image column.
-        label_readers (`Mapping`): Maps label columns to a function that converts the values of these columns to
-            `ImageScores`. A row uses the first entry of the mapping whose columns all have a value.
-        images_in_list (`bool`): Whether the single image column contains lists of images.
-        group_column (`str`, *optional*): Column that groups rows, in formats with one image in each row. The images of
-            rows with equal values in this column are compared with one another.
-        validity_column (`str`, *optional*): Column that is false in rows without a valid label. These rows are dropped.
+        label_readers (`Mapping`): From label columns to a function that makes `ImageScores` of their values. A row uses
+            the first entry whose columns all have a value.
+        images_in_list (`bool`): Whether the single image column has lists of images.
+        group_column (`str`, *optional*): Column whose equal values group rows, in formats with one image a row. Images
+            of a group are compared.
+        validity_column (`str`, *optional*): Column that is false in rows without a valid label, which are dropped.
         score_columns (`tuple[str, str]`, *optional*): Columns of the reward scores of winner and loser.
         scale_column (`str`, *optional*): Column that says the scale of the reward scores.
         score_reading (`ScoreReading`): How the run reads reward scores.
-        text_members (`bool`): Whether prompts are text files in an archive. They may be bytes, or end in a newline.
-        prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
-        has_losers (`bool`): Whether rows have a loser. If they have none, `losers="permute"` must be set, so that
-            winners of other pairs become losers.
+        text_members (`bool`): Whether prompts are text files in an archive, which may be bytes, or end in a newline.
+        prompt_of_each_image (`bool`): Whether `prompt_columns` are two, one for each image.
+        has_losers (`bool`): Whether rows have a loser. Without, `losers="permute"` must be set, which makes losers of
+            other pairs' winners.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
-        mask_columns (`tuple[str, ...]`): The mask column for both images, or one mask column for each of the two image
-            columns. Empty if the data set has no masks.
-        source_columns (`tuple[str, ...]`): The column with the source image, or the list of source images, that the
-            prompt edits. Empty if the data set has no source images.
+        mask_columns (`tuple[str, ...]`): The mask column for both images, or one for each of the two image columns.
+            Empty without masks.
+        source_columns (`tuple[str, ...]`): The column with the source image or images that the prompt edits. Empty
+            without source images.
     """
 
     name: str
@@ -101,7 +100,7 @@ class PreferenceFormat:
     source_columns: tuple[str, ...] = ()
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
-        """Return the columns that this format needs but that are missing in `column_names`."""
+        """Return the columns that this format needs and `column_names` lack."""
         present = set(column_names)
         lacking = [column for column in (*self.image_columns, self.group_column) if column and column not in present]
         if present.intersection(self.other_image_columns):
@@ -115,14 +114,14 @@ class PreferenceFormat:
         return lacking
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
-        """Return the columns in `column_names` that this format reads, except its image columns."""
+        """Return those of `column_names` that this format reads, except images."""
         labels = [column for columns in self.label_readers for column in columns]
         others = [self.group_column, self.validity_column, self.scale_column, *(self.score_columns or ())]
         present = set(column_names)
         return [column for column in dict.fromkeys((*self.prompt_columns, *labels, *others)) if column in present]
 
     def describe(self) -> str:
-        """Return one line that lists the columns of this format, for error messages."""
+        """Return one line with the columns of this format, for error messages."""
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
         prompts = self.prompt_columns if self.prompt_of_each_image else [" or ".join(self.prompt_columns)]
         images = [" or ".join((*self.image_columns, *self.other_image_columns))]
@@ -130,8 +129,7 @@ class PreferenceFormat:
         return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """Return the prompt of a row, or of one image if the images of the row have different prompts, cut off after
-        `LONGEST_PROMPT` characters.
+        """Return the prompt of a row, or of one image if each has its own, cut off after `LONGEST_PROMPT` characters.
 
         Raises:
             ValueError: If the prompt is not a valid string.
@@ -139,7 +137,7 @@ class PreferenceFormat:
         return self.whole_prompt(row, image)[:LONGEST_PROMPT]
 
     def whole_prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """Return the prompt as `prompt` does, but not cut off."""
+        """Return the prompt as `prompt` does, but whole."""
         column = self.prompt_columns[image if self.prompt_of_each_image else 0]
         value = row.get(column)
         if self.text_members:
@@ -154,7 +152,7 @@ class PreferenceFormat:
         return value
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
-        """Return one score per image, computed from the label of a row.
+        """Return one score per image, from the label of a row.
 
         Raises:
             LabelError: If the label is missing or unreadable.
@@ -198,14 +196,14 @@ class PreferenceFormat:
 
 
 class LabelError(UserError):
-    """Error for a row whose label or score is missing or unreadable."""
+    """A row's label or score is missing or unreadable."""
 
 
 class ImageScores(NamedTuple):
-    """Scores of the images of a row, computed from the label of the row."""
+    """Scores of the images of a row, from its label."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether images with equal numbers are tied; false if the label only names the best image
+    ranked: bool = True  # whether equal numbers are ties; false if the label only names the best image
 
 
 def member_text(value: Any) -> Any:
@@ -214,7 +212,7 @@ def member_text(value: Any) -> Any:
 
 
 def finite_number(value: Any, what: str = "label") -> float:
-    """Convert a number to a float. The number may also be written as text or bytes.
+    """Convert a number, or a number written as text or bytes, to a float.
 
     Raises:
         LabelError: If the value is not a number, not finite, or above `LARGEST` in absolute value.
@@ -277,7 +275,7 @@ def left_or_right(values: Sequence[Any]) -> ImageScores:
 
 
 def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
-    """Return the first format in `FORMATS` whose required columns all exist in a data set.
+    """Return the first format in `FORMATS` whose required columns all exist.
 
     Raises:
         ValueError: If the columns match no format.
@@ -301,18 +299,17 @@ def resolve_format(
     score_reading: ScoreReading | None = None,
     is_swapped: bool = False,
 ) -> PreferenceFormat:
-    """Return the format of a data set, reduced to the columns that exist in the data set. If `dataset_format` is
-    `None`, the columns determine the format.
+    """Return the format of a data set, by default detected from its columns, reduced to those that exist.
 
     Args:
         features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` with text is not read as an
-            image to edit, because such a column usually names the origin of a row.
-        use_scores (`bool`): Whether to read score columns. If score columns are read, every row needs scores.
+            image to edit, because it usually names the origin of a row.
+        use_scores (`bool`): Whether to read score columns. Every row then needs scores.
         score_reading (`ScoreReading`, *optional*): How the run reads scores.
         is_swapped (`bool`): Whether to exchange winner and loser of every pair.
 
     Raises:
-        ValueError: If the columns do not fit the format, or if both the data and a setting say the scale of scores.
+        ValueError: If the columns do not fit the format, or both the data and a setting say the scale of scores.
     """
     columns = list(column_names)
     if dataset_format is None:
@@ -367,12 +364,12 @@ def resolve_format(
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """Return all pairs of winner and loser among some images, according to the images' scores.
+    """Return all pairs of winner and loser among some images, by their scores.
 
     Args:
         scores (`Sequence[float]`): One number per image; larger is better.
-        ranked (`bool`): Whether every two images with equal scores count as a tie. If false, ties are counted only if
-            the scores of all images are equal.
+        ranked (`bool`): Whether every two images with equal scores are a tie. Otherwise, ties are counted only if all
+            scores are equal.
 
     Returns:
         `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties.
@@ -388,7 +385,7 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
 
 
 def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Yield lists of rows whose images are compared with one another: one row, or consecutive rows of a group."""
+    """Yield lists of rows whose images are compared: one row, or consecutive rows of a group."""
     if row_format.group_column is None:
         yield from ([numbered] for numbered in rows)
         return
@@ -399,7 +396,7 @@ def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) ->
 def pairs_in_group(
     row_format: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
-    """Yield the pairs of a group of rows. Call the function `reject` for bad prompts, bad labels and ties."""
+    """Yield the pairs of a group of rows. Call `reject` for bad prompts, bad labels and ties."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked = True
@@ -437,7 +434,7 @@ def pairs_in_group(
 
 
 def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the mask columns that exist: `mask`, or one for each of two image columns, such as `chosen_mask`."""
+    """Return the mask columns that exist: `mask`, or one for each image column, such as `chosen_mask`."""
     of_row = ("mask",) if "mask" in columns else ()
     of_images: tuple[str, ...] = ()
     if len(row_format.image_columns) == 2:
@@ -454,7 +451,7 @@ def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")
 BRANCH_PROMPTS = ("chosen_prompt", "rejected_prompt")
 
-# If the columns of a data set match several formats, the first of them is used.
+# The first format that matches the columns is used.
 FORMATS: dict[str, PreferenceFormat] = {
     row_format.name: row_format
     for row_format in (
@@ -545,8 +542,8 @@ FLOW_FACTORY_COLUMNS = ("schema_version", "input", "supervision")
 
 
 def flow_factory_row(row: Mapping[str, Any], *, has_sources: bool) -> dict[str, Any]:
-    """Convert a line of Flow-Factory to a row of the format `canonical`. If the line is not a preference pair, its
-    prompt becomes `None`, which drops the row later."""
+    """Convert a line of Flow-Factory to a row of the format `canonical`. If it is no pair, its prompt becomes `None`,
+    which drops it later."""
     task = row["supervision"] or {}
     is_pair = task.get("type") == "preference"
     flat: dict[str, Any] = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
@@ -558,6 +555,6 @@ def flow_factory_row(row: Mapping[str, Any], *, has_sources: bool) -> dict[str, 
 
 
 def flow_factory_images(message: Mapping[str, Any] | None) -> list[str]:
-    """Return the names of the images in a message of Flow-Factory."""
+    """Return the names of the images in a Flow-Factory message."""
     media = (message or {}).get("media") or []
     return [medium["path"] for medium in media if medium.get("type") == "image"]

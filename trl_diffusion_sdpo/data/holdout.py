@@ -1,4 +1,4 @@
-"""Holds out rows for evaluation. Data sets are split by prompt, so that no prompt has rows in both parts."""
+"""Holds out rows for evaluation, by prompt: no prompt has rows in both parts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from .formats import resolve_format
 def hold_out(
     data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[tuple[datasets.Dataset, datasets.Dataset]]:
-    """Split data sets that are trained on together into training rows and evaluation rows without common prompts.
+    """Split data sets that train together into training and evaluation rows without common prompts.
 
     Args:
         data_sets (`Sequence` of `datasets.Dataset`): Data sets, each in one of `FORMATS`.
-        size (`float`): Share of all rows in `(0, 1)`, or number of rows, to hold out. `size` is an upper bound, because
-            all rows of a prompt go to the same part. At least one row is held out.
+        size (`float`): Share of all rows in `(0, 1)`, or number of rows, to hold out. An upper bound, because all rows
+            of a prompt go to the same part. At least one row is held out.
         seed (`int`): Seed of the random choice of prompts.
-        formats (`Sequence` of `str` or `None`): A key of `FORMATS` for each data set. `None` detects the format.
+        formats (`Sequence` of `str` or `None`): A key of `FORMATS` for each data set. `None` detects it.
 
     Returns:
         `list`: For each data set, the training rows and the held-out rows, both in the original order.
 
     Raises:
-        ValueError: If `size` leaves no training rows, or if every prompt has more rows than `size`.
+        ValueError: If `size` leaves no training rows, or every prompt has more rows than `size`.
     """
     prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
-    counts = Counter(chain(*prompts))  # number of rows of each prompt, ordered by the prompt's first row
+    counts = Counter(chain(*prompts))  # rows of each prompt, ordered by its first row
     total = counts.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
@@ -38,7 +38,7 @@ def hold_out(
             f"`test_size={size:g}` must leave rows to train on; the data set has {total} rows. Choose a smaller size."
         )
 
-    # Hold out prompts in a random order. Skip a prompt if more than `wanted` rows would then be held out.
+    # Hold out prompts in a random order, skipping those with which more than `wanted` rows would be held out.
     shuffled = np.random.default_rng(seed).permutation(len(counts)).tolist()
     distinct = list(counts)
     held_out: set[str | None] = set()
@@ -60,7 +60,7 @@ def hold_out(
 
 
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
-    """Return the prompt of each row, or `None` if the prompt is not a valid string."""
+    """Return the prompt of each row, or `None` if it is not a valid string."""
     row_format = resolve_format(dataset_format, dataset.column_names)
     column = row_format.prompt_columns[0]
     prompts: list[str | None] = []

@@ -1,5 +1,5 @@
-"""Lists the pairs in folders of images that have no table, as rows of a format in `formats.py`. Two images form a pair
-if they have equal names in the folders `chosen` and `rejected`, or if their names differ only in a rank at the end.
+"""Lists the pairs in folders of images without a table, as rows of a format in `formats.py`. Two images are a pair if
+they have equal names in the folders `chosen` and `rejected`, or if only a rank at the end of their names differs.
 Prompts are in text files."""
 
 from __future__ import annotations
@@ -31,21 +31,20 @@ TABLES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv")
 OTHER_CAPTION = "text files that are not read as captions: the caption of a.png is a.txt"
 UNREAD_FORMAT = "in a format that is not read: save them as PNG, JPEG or WebP"
 MAX_CAPTION_BYTES = 80_000
-MAX_RANKS = 8  # more images than this with numbers at the end of their names are counted, not ranked
+MAX_RANKS = 8  # more images than this whose names end in numbers are counted, not ranked
 _RANKED = re.compile(r"(.+)_(\d\d?)")
 
 
 @dataclass
 class FolderSplit:
-    """Pairs of one split, and the skipped files by reason."""
+    """Pairs of one split, and skipped files by reason."""
 
     folder: Path
     pairs: list[dict[str, Any]]
     skipped: dict[str, list[Path]]
 
     def rows(self) -> datasets.Dataset:
-        """Return the pairs as a data set. Log skipped files and, if images are ranked by name, an example of a
-        ranking.
+        """Return the pairs as a data set. Log skipped files and, for images ranked by name, an example of a ranking.
 
         Raises:
             ValueError: If the split has no pair.
@@ -66,14 +65,14 @@ class FolderSplit:
 
 
 def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
-    """Return the pairs of each split of a folder. If there is a subfolder `train`, each subfolder is a split.
-    Otherwise, the whole folder is the split `train`.
+    """Return the pairs of each split of a folder. Beside a subfolder `train`, each subfolder is a split; otherwise, the
+    whole folder is the split `train`.
 
-    Return `None` if there is a table `metadata.*`. Without folders `chosen` and `rejected`, also return `None` if there
-    is another table, or if there are no images that are ranked by name.
+    Return `None` if there is a table `metadata.*`, and, without folders `chosen` and `rejected`, if there is another
+    table or no images are ranked by name.
 
     Raises:
-        ValueError: If there is only one of the folders `chosen` and `rejected`.
+        ValueError: If there is only one of `chosen` and `rejected`.
     """
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     has_splits = any(folder.name == "train" for folder in folders)
@@ -91,12 +90,12 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
         stems = [stem_of(file, path) for file in _files(path) if is_image(file)]
         ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
         if tables or len(ranked) == len(set(ranked)):
-            return None  # a table may list the images, or no two images have names that differ only in a rank
+            return None  # a table may list the images, or no two names differ only in a rank
     return {folder.name if has_splits else "train": _read(folder, has_sides=bool(sides[folder])) for folder in splits}
 
 
 def _read(folder: Path, has_sides: bool) -> FolderSplit:
-    """Read one split. Images whose names differ only in the folder or in the rank form a group, which becomes a row."""
+    """Read one split. Images whose names differ only in folder or rank form a group, which becomes a row."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and files; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     skipped: dict[str, list[Path]] = defaultdict(list)
@@ -153,7 +152,7 @@ def read_caption(file: Path) -> str:
     """Return the text of a caption file, on one line.
 
     Raises:
-        ValueError: If the file is not a regular file, is larger than `MAX_CAPTION_BYTES`, or is not in UTF-8.
+        ValueError: If it is not a regular file, is larger than `MAX_CAPTION_BYTES`, or is not in UTF-8.
     """
     try:
         check_regular_file(file, MAX_CAPTION_BYTES)
@@ -166,20 +165,20 @@ def read_caption(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files in a folder and its subfolders, except files and folders whose names begin with a dot. Links to
-    other folders are followed only if they are directly in `folder`."""
+    """Return all files in a folder and its subfolders, except those whose name, or folder's name, begins with a dot.
+    Links to other folders are followed only directly in `folder`."""
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     files = [file for entry in entries for file in (entry.rglob("*") if entry.is_dir() else [entry])]
     return [file for file in files if file.is_file() and not file.name.startswith(".")]
 
 
 def stem_of(file: Path, folder: Path = Path()) -> str:
-    """Return the path of a file relative to a folder, without the suffix of the file name. Some systems store an accent
-    apart from its letter (NFD); the result has it within the letter (NFC), so that equal names are equal."""
+    """Return the path of a file relative to a folder, without the file's suffix. Some systems store an accent apart
+    from its letter (NFD); the result has it within the letter (NFC), so that equal names are equal."""
     return unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
 
 
 def is_other_caption(file: Path) -> bool:
-    """Return whether a file is probably a caption, but its name is not that of an image with the suffix `.txt`."""
+    """Return whether a file is probably a caption, but not named like its image with the suffix `.txt`."""
     suffix = file.suffix.lower()
     return suffix in (".caption", ".captions") or (suffix == ".txt" and is_image(Path(file.stem)))

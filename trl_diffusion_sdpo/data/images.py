@@ -1,10 +1,10 @@
 """Decodes images from the values of image columns.
 
-Paths and URLs in rows are checked before they are read, because they may name a device, a pipe or any host. Sizes are
-checked before pixels are decoded, because a small file may decompress to any size.
+Paths and URLs in rows are checked before they are read: they may name a device, a pipe or any host. Sizes are checked
+before pixels are decoded: a small file may decompress to any size.
 
-A bad image raises `UndecodableImageError`, and its pair is skipped. If the storage of an image does not answer, the
-error is `UnreadableImageError`, and the run ends, because the image may be good.
+A bad image raises `UndecodableImageError`, which skips its pair. Storage that does not answer raises
+`UnreadableImageError`, which ends the run: the image may be good.
 """
 
 import errno
@@ -33,20 +33,20 @@ from ..utils.hints import did_you_mean
 from ..utils.secrets import without_secrets
 
 MIN_SIDE = 8  # a VAE encodes 8 x 8 pixels to one latent
-MAX_ASPECT_RATIO = 64  # larger ratios would give images that do not fit in memory when they are resized
+MAX_ASPECT_RATIO = 64  # beyond it, resized images would not fit in memory
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixels
 
-# Formats that Pillow may decode. EPS and others are not allowed, because Pillow would run other programs.
+# Formats that Pillow may decode. For EPS and others, it would run other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Suffixes of common formats that are not read.
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl")
-# URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
-# streams a data set from the Hub, its images have URLs of the scheme `hf`.
+# URL schemes that rows may use by default: local files, members of archives, and files of the Hub, whose images
+# `datasets` streams as `hf`.
 SCHEMES = ("file", "hf", "zip", "tar")
 
 HOW_TO_GO_ON = "The image may be good, so it is not skipped. Resume the run when the storage answers again."
-# `errno` values of a wrong path or a missing permission. Errors with other `errno` values may be temporary.
+# `errno` values of a wrong path or a missing permission. Others may be temporary.
 PERMANENT_ERRORS = (
     errno.ENOENT,
     errno.ENOTDIR,
@@ -67,37 +67,37 @@ ABSENT_OR_DAMAGED = (
     EOFError,
     KeyError,
 )
-# Beginning of bytes that replace an image in memory that cannot be stored. The reason follows.
+# Begins the bytes that replace an image in memory that cannot be stored. The reason follows.
 BAD_IMAGE = b"trl-diffusion-sdpo: bad image: "
-# Names of aiohttp's errors for a redirect to another scheme than HTTP, and for endless redirects. aiohttp is optional.
+# aiohttp's errors for a redirect to another scheme than HTTP, and for endless redirects. aiohttp is optional.
 BAD_REDIRECTS = ("RedirectClientError", "TooManyRedirects")
-SYSTEM_FOLDERS = ("/proc/", "/sys/")  # their files are made by the kernel, and reading some of them fails
-INSIDE = 128  # pixels of a mask with at least this grey value are inside the mask
+SYSTEM_FOLDERS = ("/proc/", "/sys/")  # made by the kernel; reading some of their files fails
+INSIDE = 128  # grey value from which a pixel of a mask is inside
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 Size = tuple[int, int]
 
 
 class _ImageError(UserError):
-    """Base class of errors for images. Passwords in URLs are removed from the message."""
+    """Base class of errors for images. Their messages show no passwords in URLs."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
 class UndecodableImageError(_ImageError):
-    """Error for an image that cannot be decoded or used."""
+    """The image cannot be decoded or used."""
 
 
 class UnreadableImageError(_ImageError):
-    """Error for an image whose storage does not answer. The image may be good."""
+    """The storage of an image does not answer. The image may be good."""
 
 
 def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return `image_schemes` as a tuple.
 
     Raises:
-        ValueError: If fsspec does not know a scheme, or if the package for a scheme is not installed.
+        ValueError: If fsspec does not know a scheme, or its package is not installed.
     """
     schemes = [value] if isinstance(value, str) else list(value or ())
     for scheme in schemes:
@@ -118,8 +118,7 @@ class ImageReader:
     """Opens and decodes the images of rows.
 
     Args:
-        schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chained URLs such as
-            `zip://a.png::hf://...`.
+        schemes (`tuple[str, ...]`): URL schemes that rows may use, also chained as in `zip://a.png::hf://...`.
     """
 
     schemes: tuple[str, ...] = SCHEMES
@@ -131,13 +130,13 @@ class ImageReader:
 
         Args:
             value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path, or a URL with
-                one of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`.
-                Bytes take precedence over the path.
+                one of `schemes`. A `dict` has the keys `"bytes"`, which take precedence, and `"path"`, like an
+                undecoded `datasets.Image`.
 
         Raises:
             UndecodableImageError: If the image is damaged, missing, too small, too elongated, too large or of an
-                unknown type, or if the scheme of its URL is not allowed.
-            UnreadableImageError: If the storage of the image does not answer.
+                unknown type, or the scheme of its URL is not allowed.
+            UnreadableImageError: If its storage does not answer.
         """
         with _image_errors(value), self._opened(value) as image:
             image.load()
@@ -146,10 +145,10 @@ class ImageReader:
             return decoded
 
     def size(self, value: Any) -> Size:
-        """Return `(height, width)` of the image that `decode` would return. Only the header of the file is read.
+        """Return the `(height, width)` that `decode` would give the image, from the header of the file only.
 
-        Damaged pixels are not detected. The EXIF rotation of a PNG is ignored if it is stored after the pixels. If the
-        header shows a problem, this function raises the same errors as `decode`.
+        Damaged pixels stay unseen, and so does a PNG's EXIF rotation if it is stored after the pixels. For what the
+        header shows, it raises the same errors as `decode`.
         """
         with _image_errors(value), self._opened(value) as image:
             if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding
@@ -163,7 +162,7 @@ class ImageReader:
             return height, width
 
     def decode_mask(self, value: Any) -> Image.Image:
-        """Decode a mask into a grey image. Raises `UndecodableImageError` if all pixels are below `INSIDE`."""
+        """Decode a mask into a grey image. Raise `UndecodableImageError` if all pixels are below `INSIDE`."""
         try:
             mask = self.decode(value).convert("L")
         except UndecodableImageError as error:
@@ -174,7 +173,7 @@ class ImageReader:
 
     @contextmanager
     def _opened(self, value: Any) -> Iterator[Image.Image]:
-        """Open an image and check its number of pixels, before pixels are decoded."""
+        """Open an image and check its number of pixels before they are decoded."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, Image.Image):
@@ -203,7 +202,7 @@ class ImageReader:
             yield image
 
     def _download(self, url: str) -> io.BytesIO:
-        """Read the file at a URL, which may be a member of an archive. The URL is checked before it is opened."""
+        """Read the file at a URL, perhaps a member of an archive. The URL is checked first."""
         hops = url.split("::")
         for depth, hop in enumerate(hops):
             scheme = _scheme(hop)
@@ -223,8 +222,7 @@ class ImageReader:
             with fsspec.open(url, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:
-            # fsspec raises FileNotFoundError for every failed HTTP request. The cause of this error has the HTTP
-            # status.
+            # fsspec raises FileNotFoundError for every failed HTTP request; the HTTP status is in its cause.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             status = getattr(cause, "status", None)
             is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
@@ -242,13 +240,13 @@ decode_image = ImageReader().decode  # uses the default schemes
 
 @contextmanager
 def _image_errors(value: Any) -> Iterator[None]:
-    """Convert every error to `UndecodableImageError` or `UnreadableImageError`, and add the name of the file.
+    """Turn every error into `UndecodableImageError` or `UnreadableImageError`, with the file's name.
 
-    The traceback of the original error is dropped, because the traceback may show the password in a URL.
+    The original traceback is dropped: it may show the password in a URL.
     """
     try:
         yield
-    except Exception as error:  # decoders raise errors of any type, and a bad image must not stop the run
+    except Exception as error:  # decoders raise anything, and a bad image must not stop the run
         kind: type[Exception] = UndecodableImageError
         message = f"cannot be decoded ({type(error).__name__}: {error})"
         if isinstance(error, UndecodableImageError | UnreadableImageError):
@@ -267,29 +265,29 @@ def _image_errors(value: Any) -> Iterator[None]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether reading an image may succeed later, although this attempt raised `error`."""
+    """Return whether reading an image may succeed later, after this `error`."""
     if isinstance(error, OSError) and error.errno is not None:  # damaged images raise OSError without errno
         return error.errno not in PERMANENT_ERRORS
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return the images in one value of an image column as a list. The value is an image or a list of images."""
+    """Return the value of an image column, an image or a list of images, as a list."""
     return value if isinstance(value, list) else [value]
 
 
 def is_image(path: Path) -> bool:
-    """Return whether the name of a file ends with the suffix of a format in `FILE_FORMATS`."""
+    """Return whether a file has the suffix of a format in `FILE_FORMATS`."""
     return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
 
 
 def is_unread_image(path: Path) -> bool:
-    """Return whether the name of a file ends with the suffix of a common image format that is not read."""
+    """Return whether a file has the suffix of a common image format that is not read."""
     return path.suffix.lower() in UNREAD_SUFFIXES
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
-    """Raise `UndecodableImageError` if a path is not a regular file of at most `max_bytes`, before the file is opened.
+    """Raise `UndecodableImageError`, before it is opened, if a path is not a regular file of at most `max_bytes`.
     Reading a pipe would block, and reading a device such as `/dev/zero` would never end."""
     status = os.stat(path)
     if os.path.realpath(path).startswith(SYSTEM_FOLDERS):
@@ -303,8 +301,7 @@ def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
 
 
 def _scheme(hop: str) -> str:
-    """Return the scheme of a part of a chained URL, or `""` for a path. Like fsspec, treat a single word as a
-    scheme."""
+    """Return the scheme of a part of a chained URL, or `""` for a path. A single word is a scheme, as in fsspec."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
@@ -326,21 +323,21 @@ def _check_sides(height: int, width: int) -> None:
 
 
 def _upright_size(image: Image.Image) -> Size:
-    """Return `(height, width)` after EXIF rotation. Only the header is read."""
+    """Return `(height, width)` after EXIF rotation, from the header only."""
     # `PngImageFile.getexif` would decode all pixels to search for EXIF data after the pixels.
     is_turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
     return image.size if is_turned else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation. An image without rotation is returned unchanged, because Pillow would copy the image."""
+    """Apply the EXIF rotation. Without one, return the image itself, where Pillow would copy it."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Scale 16 bits to 8 bits. Pillow's conversion would turn all values above 255 into white.
+        # Scale 16 bits to 8: Pillow's conversion would turn all values above 255 into white.
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise UndecodableImageError("has pixels beyond 16 bits (mode I): save the image in 8 or 16 bits")

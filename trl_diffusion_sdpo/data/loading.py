@@ -49,7 +49,7 @@ def load_pairs(
         streaming (`bool`): Whether to load a stream.
 
     Raises:
-        ValueError: If the data set or split does not exist, or if a folder has images but no pairs.
+        ValueError: If the data set or split does not exist, or a folder has images but no pairs.
     """
     path = Path(name).expanduser()
     path = _table_in(path) or path
@@ -83,7 +83,7 @@ def load_pairs(
 
 
 def has_one_split(path: Path) -> bool:
-    """Return whether a path has only one split, so that [`load_pairs`] accepts any split name for it."""
+    """Return whether a path has only one split, so that [`load_pairs`] accepts any name for it."""
     return path.is_file() or (path / "state.json").is_file() or _table_in(path) is not None
 
 
@@ -96,7 +96,7 @@ def _table_in(path: Path) -> Path | None:
 
 
 def _cache_folder(path: Path) -> str | None:
-    """Return the cache folder for the tables of a local folder as they are now, or `None` for the usual cache folder.
+    """Return the cache folder for the tables of a local folder as they are now, or `None` for the usual one.
 
     Where a README.md lists a folder's tables, `datasets` caches their rows by the folder's name alone, and would return
     those of another folder of this name, or of tables replaced since.
@@ -128,7 +128,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
 
 
 def _refuse_patterns(path: Path, *patterns: str) -> None:
-    """Raise `ValueError` if `datasets` would read a part of a path as something else: a pattern or a variable."""
+    """Raise `ValueError` if `datasets` would read a part of a path as a pattern or a variable."""
     text = str(path.resolve())
     found = [pattern for pattern in patterns if pattern in text]
     if found or os.path.expandvars(text) != text:
@@ -142,7 +142,7 @@ def _refuse_patterns(path: Path, *patterns: str) -> None:
 
 
 def _refuse_mixed_types(features: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if a column of prompts or images has values of several types, which `datasets` reads as
+    """Raise `ValueError` if a column of prompts or images has several types of values, which `datasets` reads as
     JSON."""
     json_type: Any = getattr(datasets, "Json", ())
     mixed = [name for name in (*IMAGE_COLUMNS, *PROMPT_COLUMNS) if isinstance(features.get(name), json_type)]
@@ -154,10 +154,8 @@ def _refuse_mixed_types(features: Mapping[str, Any]) -> None:
 
 
 def with_resolved_names(dataset: Any, folder: Path) -> Any:
-    """Replace relative names of images by absolute paths. Search `folder`, then the working directory.
-
-    If neither has the file, return the path that the file would have in `folder`.
-    """
+    """Replace relative names of images by absolute paths: in the working directory if the file is only there, else in
+    `folder`."""
     dataset = _with_flat_rows(dataset)
     features = dataset.features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
@@ -175,8 +173,8 @@ def with_resolved_names(dataset: Any, folder: Path) -> Any:
 
 
 def _with_flat_rows(dataset: Any) -> Any:
-    """Convert lines of Flow-Factory to rows of the format `canonical`. If the input of any line contains images, add
-    the column `source_image`. Return other data sets unchanged."""
+    """Convert lines of Flow-Factory to rows of the format `canonical`, with the column `source_image` if any line's
+    input has images. Return other data sets unchanged."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     if not set(FLOW_FACTORY_COLUMNS) <= set(names):
         return dataset
@@ -191,8 +189,8 @@ def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _found(columns: Sequence[str], folder: str, *values: Any) -> dict[str, Any]:
-    """Replace relative names in the values of `columns` by absolute paths. `values` has, for each column, the value of
-    one row or a list of values for a batch of rows."""
+    """Replace relative names by absolute paths. `values` has, for each of `columns`, the value of one row or a list for
+    a batch of rows."""
     return {name: _find(value, folder) for name, value in zip(columns, values, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Several data sets of pairs that are trained on together."""
+"""Several data sets of pairs to train on together."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..utils.score_scale import SCALE_COLUMN
 from .formats import PreferenceFormat
 from .pair_table import PairTable
 
-MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
+MAX_GROWTH = 100  # most pairs of a weighted epoch, as a multiple of all data sets'
 
 
 @dataclass(frozen=True)
 class PairMixture:
-    """Several data sets of pairs that are trained on together. Each has its own format.
+    """Several data sets of pairs to train on together, each in its own format.
 
     Args:
         datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping name them
@@ -32,7 +32,7 @@ class PairMixture:
             from its columns.
 
     Raises:
-        ValueError: If there are no data sets, or if weights or formats are invalid.
+        ValueError: If there are no data sets, or weights or formats are invalid.
     """
 
     datasets: Sequence[Any] | Mapping[str, Any]
@@ -67,14 +67,14 @@ class PairMixture:
         return isinstance(next(iter(self.by_name.values())), datasets.IterableDataset)
 
     def entries(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
-        """Yield the name, the rows and the format of each data set. The name is for messages."""
+        """Yield the name, for messages, the rows and the format of each data set."""
         formats = self.formats or [None] * len(self.datasets)
         for (label, dataset), set_format in zip(self.by_name.items(), formats, strict=True):
             yield f"{name} ({label})", dataset, set_format or dataset_format
 
 
 def repeat_by_weight(tables: Sequence[PairTable], weights: Sequence[float]) -> list[PairTable]:
-    """Repeat the pairs of each data set, so that every data set has its share of an epoch and every pair is in it.
+    """Repeat pairs so that every data set has its share of an epoch, and every pair is in it.
 
     Raises:
         ValueError: If an epoch would have more than `MAX_GROWTH` times the pairs of all data sets.
@@ -98,11 +98,11 @@ def mixed(
     *,
     restart: bool,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield the groups of rows of streams in random order, each with the number of its stream.
+    """Yield groups of rows from streams in random order, each with the number of its stream.
 
-    The probability of a stream is proportional to its weight. With `restart`, streams restart until each has ended at
-    least once. `datasets.interleave_datasets` does this for single rows of streams with equal columns, and would split
-    groups of rows that are compared with one another.
+    A stream is drawn in proportion to its weight. With `restart`, streams restart until each has ended at least once.
+    `datasets.interleave_datasets` does this for single rows of streams with equal columns, and would split groups of
+    rows that are compared with one another.
 
     Args:
         streams (`Sequence[Callable]`): For each stream, a function that begins to read it.
@@ -128,7 +128,7 @@ def mixed(
 
 def check_formats(formats: Mapping[str, PreferenceFormat]) -> None:
     """Raise `ValueError` if only some data sets of a mixture have scores, masks or source images. The keys of `formats`
-    are the names of the data sets."""
+    name them."""
     has_it = {
         "score columns": {name: bool(row_format.score_columns) for name, row_format in formats.items()},
         f"`{SCALE_COLUMN}`": {name: bool(row_format.scale_column) for name, row_format in formats.items()},

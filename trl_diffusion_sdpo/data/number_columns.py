@@ -1,4 +1,4 @@
-"""Reads columns of numbers, such as weights and noise seeds, and says which rows have bad values."""
+"""Reads columns of numbers, such as weights and noise seeds, and says which rows are bad."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .formats import LabelError, finite_number
 
 
 def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the numbers in a column. Each row must have a finite number, or a list of finite numbers.
+    """Return the numbers in a column, each row a finite number or a list of them.
 
     Args:
-        values (`Iterable`): Values of the column, in the order of the rows. All lists must be as long as the first
-            valid list. Numbers may be text, as in CSV files.
+        values (`Iterable`): Values of the column, in the order of the rows. Lists must be as long as the first valid
+            one. Numbers may be text, as in CSV files.
         column (`str`): Name of the column in the returned reasons.
 
     Returns:
-        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and a dict that maps the number of each
-            bad row to the reason.
+        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and a dict from the number of each bad
+            row to the reason.
     """
     rows: list[list[float]] = []
     reasons: dict[int, str] = {}

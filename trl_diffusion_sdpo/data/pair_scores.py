@@ -1,4 +1,4 @@
-"""Computes calibrated scores of images, and the loss weights of pairs from scores or from a column of weights."""
+"""Calibrated scores of images, and loss weights of pairs from scores or from a column of weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .sources import PairSource
 
 logger = logging.getLogger(__name__)
 
-COMPARED_AT_ONCE = 1 << 22  # largest number of comparisons of two images in memory at a time
-SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # these columns have lists with one score per scorer
+COMPARED_AT_ONCE = 1 << 22  # most comparisons of two images in memory at a time
+SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists with one score per scorer
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Settings that say how the loss and the pair weights use the scores of images.
+    """How the loss and the pair weights use the scores of images.
 
     Args:
         pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or the name of a
             column with weights.
-        calibrated (`bool`): Whether to replace scores by calibrated scores: each image's expected share of wins against
+        calibrated (`bool`): Whether to replace scores by calibrated ones: each image's expected share of wins against
             the other images of its prompt.
         sorts_by_scores (`bool`): Whether the loss regards the image with the higher score as the winner.
     """
@@ -44,12 +44,12 @@ class ScoreSettings:
 
     @property
     def _weighting(self) -> WeightFunction | None:
-        """The function that `pair_weights` names, or `None` if `pair_weights` is unset or names a column."""
+        """The function that `pair_weights` names, or `None` if it is unset or names a column."""
         return WEIGHT_FUNCTIONS.get(self.pair_weights or "")
 
     @property
     def number_columns(self) -> tuple[str, ...]:
-        """Columns with numbers that these settings read in addition to the columns of the format."""
+        """Columns of numbers that these settings read besides those of the format."""
         if self.pair_weights is None:
             return ()
         if self._weighting is None:
@@ -58,7 +58,7 @@ class ScoreSettings:
 
     @property
     def _reads_score_columns(self) -> bool:
-        """Whether weights are computed from the two score columns of the format."""
+        """Whether weights come from the two score columns of the format."""
         return self._weighting is not None and not self._weighting.several_scorers
 
     @property
@@ -132,7 +132,7 @@ class ScoreSettings:
 
 
 def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
-    """Return the K numbers that a column has for each of the P pairs, `(P, K)` in float64."""
+    """Return a column's K numbers for each of the P pairs, `(P, K)` in float64."""
     rows = dataset.positions[:, 0]
     if (rows != dataset.positions[:, 2]).any():
         raise UserError(
@@ -174,11 +174,11 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
 
 
 def calibrate(dataset: PreferenceDataset) -> np.ndarray:
-    """Return each image's calibrated score: its expected share of wins against the other images of its prompt.
+    """Return each image's calibrated score, its expected share of wins against the other images of its prompt: `(P, 2)`
+    in float64, for winner and loser of P pairs.
 
-    The result has the shape `(P, 2)`, for winner and loser of P pairs, in float64. Each image is compared with the
-    other distinct images of its prompt. Two images of a prompt with equal scores and equal pixels count as one image.
-    An image is decoded only if another image of its prompt has the same score.
+    Two images of a prompt with equal scores and equal pixels count as one. An image is decoded only if another of its
+    prompt has the same score.
     """
     assert dataset.scores is not None
     numbers: dict[str, int] = {}
@@ -206,7 +206,7 @@ def _different_images(
     """List the distinct images. Return the index of each image in this list, and the list's prompts and scores.
 
     Args:
-        positions (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.
+        positions (`np.ndarray` of shape `(N, 2)`): Row of each image, and its number within the row.
     """
     rows = list(zip(prompts.tolist(), scores.tolist(), map(tuple, positions.tolist()), strict=True))
     alike = Counter((prompt, score) for prompt, score, _ in set(rows))

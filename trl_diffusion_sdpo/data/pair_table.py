@@ -10,14 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PairTable:
-    """Table of P pairs: the positions of their images, and further columns.
+    """P pairs: the positions of their images, and further columns.
 
     Attributes:
         positions (`np.ndarray` of shape `(P, 4)`): Row number of the winner, number of the winner's image within this
-            row, and then the same two numbers of the loser.
+            row, and the same two numbers of the loser.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
-            winner and loser. `calibrated` replaces `scores`. `weight` is the factor by which a pair's loss is
-            multiplied. `size` is the index of a pair's bucket. `ref_errors` are the reference model's errors.
+            winner and loser, and `calibrated` replaces them. `weight` is the factor of a pair's loss. `size` is the
+            index of its bucket. `ref_errors` are the reference model's errors.
     """
 
     positions: np.ndarray
@@ -27,11 +27,11 @@ class PairTable:
         return len(self.positions)
 
     def take(self, pairs: slice | np.ndarray) -> PairTable:
-        """Return a table of the pairs that a slice, a mask or indices select."""
+        """Return the pairs that a slice, a mask or indices select."""
         columns = {name: values[pairs] for name, values in self.columns.items()}
         return replace(self, positions=self.positions[pairs], columns=columns)
 
     def with_columns(self, **columns: np.ndarray | None) -> PairTable:
-        """Return a copy of the table with `columns` added or replaced. The value `None` removes a column."""
+        """Return a copy with `columns` added or replaced. `None` removes a column."""
         joined = {**self.columns, **columns}
         return replace(self, columns={name: values for name, values in joined.items() if values is not None})

@@ -1,4 +1,4 @@
-"""Common base of map-style data sets and streams of prepared preference pairs."""
+"""Common base of map-style data sets and streams of prepared pairs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .transforms import PairDraws
 
 
 class Pairs(Dataset[dict[str, Any]], ABC):
-    """Preference pairs that are ready for training or evaluation, made by [`prepare_dataset`]: a [`PreferenceDataset`]
-    or a [`PreferenceIterableDataset`].
+    """Preference pairs, ready for training or evaluation, made by [`prepare_dataset`]: a [`PreferenceDataset`] or a
+    [`PreferenceIterableDataset`].
 
     Attributes:
         is_stream (`bool`): Whether pairs can only be read in order, and each process reads other pairs.
@@ -43,7 +43,7 @@ class Pairs(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Return facts that identify the pairs, for comparison in a resumed run."""
+        """Return facts that identify the pairs, for a resumed run to compare."""
 
     @abstractmethod
     def set_epoch(self, epoch: int) -> None:
@@ -59,27 +59,27 @@ class Pairs(Dataset[dict[str, Any]], ABC):
 
     @property
     def sizes(self) -> PairSizes | None:
-        """Bucket of each pair, or `None` if all pairs are trained at one size."""
+        """Bucket of each pair, or `None` if all train at one size."""
         return None
 
     @property
     def marks_repeated(self) -> bool:
-        """Whether items say by the entry `repeated` that they only fill up a batch. accelerate cannot find such pairs
-        itself in streams and in batches by image size."""
+        """Whether items say by the entry `repeated` that they only fill up a batch: accelerate cannot find them itself
+        in streams and in batches by image size."""
         return self.is_stream or self.sizes is not None
 
     def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[Any] | None:
-        """Return a sampler of the pairs, with which every `group` consecutive pairs have the same size. A stream needs
-        none, because its order is its own."""
+        """Return a sampler with which every `group` consecutive pairs have the same size. A stream needs none: it has
+        its own order."""
         return None
 
     def gather_undecodable(self, peers: Peers) -> None:
-        """Learn from the other processes which pairs they could not decode. Call it in all processes. The processes of
-        a stream read other pairs and keep their own counts."""
+        """Learn from the other processes which pairs they could not decode. Call it in all processes. Those of a stream
+        read other pairs and keep their own counts."""
 
 
 class PairEncodings(Protocol):
-    """Latents and embeddings that items have in place of images: `EncodedPairs` of the cache."""
+    """Latents and embeddings in place of images: `EncodedPairs` of the cache."""
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries of an item that depend on its images."""
@@ -87,4 +87,4 @@ class PairEncodings(Protocol):
     def conditioning(
         self, prompt: str, edited: tuple[tuple[int, int, int], bool] | None = None
     ) -> dict[str, dict[str, Any]]:
-        """Return an encoded prompt, or an encoded edit if source images are mentioned by `edited`."""
+        """Return an encoded prompt, or an encoded edit if `edited` names source images."""

@@ -1,4 +1,4 @@
-"""Chooses losers among the winners of other pairs. The random permutations never pair two images of the same prompt."""
+"""Chooses losers among the winners of other pairs, never of the same prompt, by random permutations."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOSERS = 3  # last of four numbers that seed a permutation; three numbers seed a
 
 
 class PermutedLosers:
-    """Random permutation of all pairs in each epoch. A pair is mapped to the pair whose winner becomes its loser.
+    """Maps each pair to the one whose winner becomes its loser, by a new random permutation in each epoch.
 
-    The loser of a pair never has the prompt of the pair. The permutation depends only on the seed and the epoch.
+    A loser never has the prompt of its pair. The permutation depends only on the seed and the epoch.
 
     Args:
         prompts (`np.ndarray` of shape `(P,)`): A number for each pair's prompt. No prompt may have more than half of
@@ -31,7 +31,7 @@ class PermutedLosers:
     def __init__(self, prompts: np.ndarray, seed: int) -> None:
         self._prompts = prompts
         self._seed = seed
-        self._latest = (-1, prompts)  # epoch of the last permutation, and this permutation
+        self._latest = (-1, prompts)  # epoch and permutation of the last call
         self.bad = torch.zeros(len(prompts), dtype=torch.uint8).share_memory_()  # mask of undecodable winners
 
     @classmethod
@@ -40,8 +40,7 @@ class PermutedLosers:
         name of the data in messages.
 
         Raises:
-            ValueError: If a prompt has more than half of the pairs. Some pairs would then get a loser of their own
-                prompt.
+            ValueError: If a prompt has more than half of the pairs, so that some would get a loser of their own prompt.
         """
         texts = source.prompts_of_rows(rows)
         digests = {text: digest_of(text) for text in set(texts)}
@@ -57,8 +56,8 @@ class PermutedLosers:
         return cls(prompts, seed)
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
-        """Yield the numbers of pairs whose winner may become the loser of `pair`. The permutation chooses the first of
-        these pairs. The next pairs with other prompts follow, in case the first winner cannot be decoded."""
+        """Yield the numbers of pairs whose winner may become the loser of `pair`: first the permutation's choice, then
+        the next pairs with other prompts, in case the first winner cannot be decoded."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])
@@ -79,15 +78,14 @@ def most_common(values: np.ndarray) -> tuple[int, int]:
 def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     """Return a random permutation of indices that maps each index to an index with another value.
 
-    Indices with equal values are put side by side on a circle. Each index is mapped to the index at a random distance
-    on the circle. This distance is the same for all indices and at least the size of the largest group of equal values,
-    so each index is mapped to another value. Then random pairs of indices swap the indices to which they are mapped,
-    unless an index would be mapped to its own value. Each of these swaps is skipped with probability 1/2, so
-    that the number of swaps is random and the permutation can be even or odd.
+    Indices with equal values are put side by side on a circle, and each is mapped to the index at a random distance.
+    This distance is the same for all and at least the size of the largest group of equal values, so each is mapped to
+    another value. Then random pairs of indices swap what they are mapped to, unless one would get its own value. Each
+    swap is skipped with probability 1/2, so that their number is random and the permutation can be even or odd.
 
     Args:
         values (`np.ndarray` of shape `(P,)`): Value of each index. At most half of the values may be equal.
-        key (`Sequence[int]`): Non-negative integers with which the random numbers are seeded.
+        key (`Sequence[int]`): Non-negative integers that seed the random numbers.
     """
     count = len(values)
     _, largest = most_common(values)

@@ -33,7 +33,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`, or a
             [`PairMixture`] of several data sets.
-        options ([`PairOptions`]): Settings for making pairs from the rows.
+        options ([`PairOptions`]): Settings for making pairs from rows.
         name (`str`): Name of the data in messages.
         peers (`Peers`): The processes that prepare the same data. The first checks images for all.
 
@@ -65,7 +65,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     report.unread = source.unread
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
-    if options.permutes:  # losers are drawn during training, so index only the winners
+    if options.permutes:  # only winners: training draws the losers
         pairs = PairTable(pairs.positions[:, [0, 1, 0, 1]], {})
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
@@ -81,7 +81,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     report = prepared.report
     if not report.pairs:
         raise UserError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
-    if peers.index == 0:  # the report of all processes is the same
+    if peers.index == 0:  # all processes have the same report
         asks = report.dropped or report.cut_prompts or report.notes
         logger.log(logging.WARNING if asks else logging.INFO, "%s", report)
     return prepared
@@ -91,7 +91,7 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
     """Raise `ValueError` if the data lack columns that the settings need, or have columns that these cannot use.
 
     Args:
-        formats (`Sequence[PreferenceFormat]`): Format of each data set of a mixture, or of the only data set.
+        formats (`Sequence[PreferenceFormat]`): Format of the data set, or of each one of a mixture.
         name (`str`): Name of the data in messages.
     """
     has_scores = not options.permutes and all(row_format.score_columns for row_format in formats)
@@ -130,10 +130,10 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
 def _drop_bad_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> PairTable:
-    """Check every image, and drop pairs with bad or too small images. Assign the other pairs to buckets.
+    """Check every image, drop pairs with bad or too small ones, and assign the others to buckets.
 
-    With `verify_images="all"`, images are decoded; otherwise, only their headers are read. The first process does it
-    for all.
+    Images are decoded with `verify_images="all"`; otherwise, only their headers are read. The first process does it for
+    all.
     """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(
@@ -171,9 +171,9 @@ def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
 def _fit_sources(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> tuple[PairTable, dict[Size, set[tuple[Size, ...]]]]:
-    """Read the headers of all images, and add the column `sources_cut`, which says which sources are cropped with their
-    pair: bit i for source i. Also return the sizes that the sources of a pair have in items, by the size at which the
-    pair trains. Add a note to the report if sources are not cropped with their pairs.
+    """Read the headers of all images, and add the column `sources_cut`: bit i says whether source i is cropped with its
+    pair. Also return the sizes that a pair's sources have in items, by the size at which the pair trains. Add a note to
+    the report if sources are not cropped with their pairs.
 
     Pairs with an unreadable image are left out: they are counted when they are read.
     """

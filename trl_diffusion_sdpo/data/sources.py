@@ -1,4 +1,4 @@
-"""Reads rows of preference data sets, and lists the pairs in these rows. Images are returned undecoded."""
+"""Reads rows of preference data sets, and lists the pairs in them. Images are returned undecoded."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ EXAMINED = datasets.Features(
         "problems": datasets.List(datasets.Value("string")),
     }
 )
-FINGERPRINTED_PAIRS = 16  # number of pairs whose prompts and images are hashed to recognize a data set
+FINGERPRINTED_PAIRS = 16  # pairs whose prompts and images are hashed to recognize a data set
 ROWS_AT_ONCE = 1000
-FEW_ROWS = 1000  # one process decodes the images of fewer rows faster than several processes
-FEW_HEADERS = 20_000  # one process reads the image headers of fewer rows faster than several processes
+FEW_ROWS = 1000  # one process decodes fewer rows' images faster than several
+FEW_HEADERS = 20_000  # the same for headers of images
 
 
 class StoredImage(NamedTuple):
@@ -50,7 +50,7 @@ class StoredImage(NamedTuple):
     number: int  # number of the image within the row
 
     def decode(self, reader: ImageReader) -> Image.Image:
-        """Decode the image. The possible errors are those of [`ImageReader.decode`]."""
+        """Decode the image, with the errors of [`ImageReader.decode`]."""
         images = images_of_row(self.row, self.format)
         if self.number >= len(images):
             raise UndecodableImageError(f"image {self.number} is missing: the row has {len(images)} images")
@@ -60,11 +60,11 @@ class StoredImage(NamedTuple):
             raise type(error)(f"image {self.number} {error}") from None
 
     def start(self) -> bytes:
-        """Return the result of [`start_of`] for the undecoded image."""
+        """Return [`start_of`] the undecoded image."""
         return b"".join(map(start_of, images_of_row(self.row, self.format)[self.number : self.number + 1]))
 
     def is_same(self, other: StoredImage) -> bool:
-        """Return whether both images are stored as the same bytes or with the same path. They are not decoded."""
+        """Return whether both images are stored as the same bytes or path. They are not decoded."""
         mine, theirs = self._stored(), other._stored()
         return mine is not None and mine == theirs
 
@@ -87,7 +87,7 @@ class StoredImage(NamedTuple):
         """Decode the images that the prompt edits.
 
         Raises:
-            UndecodableImageError: If the row has no source image, or a source image is missing or cannot be decoded.
+            UndecodableImageError: If the row has no source image, or one is missing or cannot be decoded.
         """
         stored = as_list(self.row[self.format.source_columns[0]])
         if not stored:
@@ -98,8 +98,8 @@ class StoredImage(NamedTuple):
             raise UndecodableImageError(f"has a source that {error}") from None
 
     def noise_seed(self, *, is_winner: bool) -> int:
-        """Return the seed of the noise from which the image was generated. `is_winner` says whether the image wins its
-        pair, because `SEED_COLUMNS` are those of the preferred and the other image, whatever their order in the row."""
+        """Return the seed of the noise from which the image was generated. `SEED_COLUMNS` are those of the preferred
+        and the other image, whatever their order in the row, so `is_winner` says which it is."""
         return int(self.row[SEED_COLUMNS[is_winner == self.format.is_swapped]])
 
 
@@ -112,8 +112,8 @@ class TableSource:
         self.format = row_format
         self.name = name
         self.dataset = dataset
-        # Files that `datasets` maps into memory. It would not notice that their bytes have changed. Results of `map`,
-        # which have these names, may be written anew by each run.
+        # Files that `datasets` maps into memory, where it would not notice changed bytes. Results of `map`, which have
+        # these names, may be written anew by each run.
         files = [entry["filename"] for entry in dataset.cache_files]
         self._files = [file for file in files if not os.path.basename(file).startswith("cache-")]
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
@@ -131,17 +131,17 @@ class TableSource:
         return len(self._images)
 
     def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
-        """Return the undecoded values of a row. Without `with_images`, images and source images are left out."""
+        """Return the undecoded values of a row, without images and source images unless `with_images`."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield the value of a column in each row. Only columns of the format and of `number_columns` are available."""
+        """Yield a column's value in each row. Only columns of the format and of `number_columns` are available."""
         for batch in self.labels.select_columns([column]).iter(batch_size=ROWS_AT_ONCE):
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`, which must be in ascending order. If images have their own prompts, `image` (0
-        or 1) selects the image."""
+        """Return the prompts of `rows`, which must be in ascending order. `image` (0 or 1) selects the image if each
+        has its own prompt."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
@@ -162,11 +162,11 @@ class TableSource:
         return PairTable(index, {"scores": np.array(scores).reshape(-1, 2)} if len(scores) else {})
 
     def _labelled_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the number of each row, and its values without images. Rows of the same group are consecutive."""
+        """Yield each row's number and values without images. Rows of the same group are consecutive."""
         labels = self.labels
         order = np.arange(len(self))
         if self.format.group_column is not None:
-            first: dict[Any, int] = {}  # maps each group to its position in the order of first rows
+            first: dict[Any, int] = {}  # groups in the order of their first rows
             positions = [first.setdefault(group, len(first)) for group in self.values(self.format.group_column)]
             order = np.argsort(positions, kind="stable")
             labels = labels.select(order)
@@ -178,8 +178,8 @@ class TableSource:
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None, *, of_sources: bool = False
     ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield a list for each row: height, width and problem of each of its images, or of its source images if
-        `of_sources` is true. `datasets` caches the result."""
+        """Yield a list for each row: height, width and problem of each of its images, or with `of_sources` of its
+        source images. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         row_format = self.format
         if of_sources:
@@ -202,8 +202,8 @@ class TableSource:
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
-        """Hashes of prompts and images for cache keys. The hashes also change if a local image file or a file of the
-        data set changes."""
+        """Hashes of prompts and images for cache keys. They also change with a local image file or a file of the data
+        set."""
         digest = hashlib.sha256(f"{dataset_fingerprint(self._images)} {self._file_facts()}".encode())
         for batch in self._images.iter(batch_size=ROWS_AT_ONCE):
             for column in batch.columns:
@@ -217,13 +217,13 @@ class TableSource:
 
 
 class PairSource:
-    """Rows of one data set, or of several data sets in sequence.
+    """Rows of one data set, or of several in sequence.
 
     Args:
         tables (`Sequence[TableSource]`): The data sets.
         weights (`Sequence[float]`, *optional*): See [`PairMixture`].
-        number_columns (`Sequence[str]`): Columns that must have a valid number in the row of every pair: a seed of
-            noise (`SEED_COLUMNS`), or any finite number, or a list of them.
+        number_columns (`Sequence[str]`): Columns that need a valid number in every pair's row: a seed of noise
+            (`SEED_COLUMNS`), or any finite number, or a list of them.
     """
 
     def __init__(
@@ -248,8 +248,8 @@ class PairSource:
         return self._starts[-1]
 
     def images(self, positions: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
-        """Return the undecoded images at `positions`. A position is a row number and an image number. Without
-        `with_images`, images and source images are not read and cannot be decoded, but all other columns are read."""
+        """Return the undecoded images at `positions`, each a row number and an image number. Without `with_images`,
+        all columns except images and source images are read, so none can be decoded."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in positions:
@@ -261,8 +261,8 @@ class PairSource:
         return images
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows` without reading images. If images have their own prompts, `image` (0 or 1)
-        selects the image."""
+        """Return the prompts of `rows` without reading images. `image` (0 or 1) selects the image if each has its own
+        prompt."""
         different, number_of_row = np.unique(rows, return_inverse=True)
         prompts = [prompt for table, share in self._split(different) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
@@ -275,17 +275,16 @@ class PairSource:
     def examine_images(
         self, positions: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-        """Decode all images of pairs or, if `decode` is false, read only their headers. The first process and its
-        workers do this, but all processes must call this method together.
+        """Decode all images of pairs, or only read their headers if `decode` is false. The first process and its
+        workers do it, but call it in all processes together.
 
         Args:
             positions (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers. By default, one per CPU core if there are many images, else
-                none.
+            num_proc (`int`, *optional*): Workers. By default, one per CPU core if there are many images, else none.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and a
-                dict that maps `(row number, image number)` of each bad image to the reason.
+                dict from `(row number, image number)` of each bad image to the reason.
         """
         rows = np.unique(positions[:, [0, 2]])
         images = 1 + int(positions[:, [1, 3]].max())  # largest number of images in a row
@@ -307,9 +306,9 @@ class PairSource:
     def source_sizes(
         self, rows: np.ndarray, reader: ImageReader, *, num_proc: int | None, peers: Peers
     ) -> list[tuple[Size, ...]]:
-        """Return `(height, width)` of each source image of `rows`, which must be in ascending order, or `()` for rows
-        whose sources cannot be read. The first process and its workers read the headers, but all processes must call
-        this method together."""
+        """Return `(height, width)` of each source image of `rows`, which must be in ascending order, or `()` where
+        sources cannot be read. The first process and its workers read the headers, but call it in all processes
+        together."""
 
         def read() -> list[tuple[Size, ...]]:
             return [
@@ -322,7 +321,7 @@ class PairSource:
     def _examined(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None, *, of_sources: bool = False
     ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield the result of [`TableSource.examine_images`] for sorted row numbers of all data sets."""
+        """Yield the results of [`TableSource.examine_images`] for sorted row numbers of all data sets."""
         is_long = len(rows) >= (FEW_ROWS if decode else FEW_HEADERS)
         if num_proc is None and is_long and forks_by_default():
             num_proc = usable_cores()
@@ -331,14 +330,14 @@ class PairSource:
                 yield from table.examine_images(numbers, reader, decode, num_proc, of_sources=of_sources)
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within the data set."""
+        """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within it."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
         for table, share, start in zip(self.tables, shares, self._starts[:-1], strict=True):
             yield table, share - start
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all data sets. Pairs are repeated so that each data set has its share of the epoch. Call
-        `reject` for dropped rows and pairs."""
+        """Return the pairs of all data sets, repeated so that each has its share of the epoch. Call `reject` for
+        dropped rows and pairs."""
         pairs = self._pairs_of_all(reject)
         for column in self._number_columns:
             values = self.values(column)
@@ -377,9 +376,8 @@ class PairSource:
         """Return hashes that identify pairs of these rows.
 
         Args:
-            thorough (`bool`): Whether to hash every prompt and image. Caches need these hashes, which depend on the
-                image files of this machine. If false, only prompts and images of a few pairs are hashed. A resumed run
-                uses these hashes to compare data on any machine.
+            thorough (`bool`): Whether to hash every prompt and image, for caches; these hashes depend on this machine's
+                image files. Otherwise, a few pairs are hashed, so that a resumed run can compare data on any machine.
 
         Returns:
             `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores),
@@ -416,7 +414,7 @@ def make_source(
     """Return the rows of a data set, a list of dicts or a mixture as a `PairSource`.
 
     Raises:
-        ValueError: If the data have an unsupported type or no rows, or if a column of `number_columns` is missing.
+        ValueError: If the data have an unsupported type or no rows, or a column of `number_columns` is missing.
     """
     listed = [(name, dataset, dataset_format)]
     if isinstance(dataset, PairMixture):
@@ -456,8 +454,8 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
 def _examine_table(
     table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool, files: list[Any]
 ) -> dict[str, list[list[Any]]]:
-    """Return heights, widths and problems of the images in a batch of rows, as the columns of `EXAMINED`. `files` is
-    only an argument so that `datasets`, which hashes arguments, computes again if these facts about files change."""
+    """Return heights, widths and problems of a batch's images, as the columns of `EXAMINED`. `datasets` hashes
+    `files`, so it computes again when these facts about files change."""
     columns = row_format.image_columns
     examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
     for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):
@@ -474,7 +472,7 @@ def _examine_table(
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would copy a whole memory-mapped file."""
+    """Convert an Arrow value to Python. Bytes become a view: `as_py` would copy a whole memory-mapped file."""
     if not scalar.is_valid:
         return None
     if pa.types.is_struct(scalar.type):

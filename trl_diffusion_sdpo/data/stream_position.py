@@ -1,7 +1,7 @@
-"""Position of a training process in a stream, which checkpoints store so that a resumed run goes on with the next pair.
+"""Position of a training process in a stream, stored in checkpoints so that a resumed run goes on with the next pair.
 
-`datasets` has positions of its own (`IterableDataset.state_dict`), but they leave out the buffer of a shuffled stream:
-a resumed run would lose the rows in it.
+`datasets` has positions of its own (`IterableDataset.state_dict`), but without the buffer of a shuffled stream, whose
+rows a resumed run would lose.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class StreamPosition:
     """Position of a training process in a stream that restarts when it ends.
 
     Attributes:
-        batch (`int`): Number of pairs in a batch.
-        readers (`list[list[int]]`): For each DataLoader worker, or for the process itself if it has none, three
-            numbers: batches so far, completed passes over the stream, and pairs read in the current pass.
+        batch (`int`): Pairs in a batch.
+        readers (`list[list[int]]`): Three numbers for each DataLoader worker, or for the process itself if it has none:
+            batches so far, completed passes over the stream, and pairs read in the current pass.
     """
 
     batch: int
@@ -42,19 +42,19 @@ class StreamPosition:
 
     @property
     def batches(self) -> int:
-        """Number of batches that the process has trained on."""
+        """Batches that the process has trained on."""
         return sum(batches for batches, _, _ in self.readers)
 
     def add(self, read: Sequence[int]) -> None:
-        """Advance by a batch. `read` is the entry `read` of its last pair: the worker, the worker's completed passes,
-        and how many pairs it has read in the current pass."""
+        """Advance by a batch. `read` is the entry `read` of its last pair: the worker, its completed passes, and the
+        pairs it has read in the current pass."""
         worker, passes, pairs = read
         batches = self.readers[worker][0]
         self.readers[worker] = [batches + 1, passes, pairs]
 
 
 def save_position(position: StreamPosition, args: TrainingArguments, folder: Path) -> None:
-    """Save this process's position in the checkpoint `folder`. Without an order of batches, there is no position."""
+    """Save this process's position in the checkpoint `folder`, if batches have an order."""
     if keeps_order(args):
         content = {"reading": _reading(args), "readers": position.readers}
         (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
@@ -63,8 +63,8 @@ def save_position(position: StreamPosition, args: TrainingArguments, folder: Pat
 def load_position(args: TrainingArguments, batches: int = 0, checkpoint: str | None = None) -> StreamPosition:
     """Read this process's position after `batches` batches from a checkpoint.
 
-    If the number of processes, the number of workers or the batch size has changed, the position is the beginning of
-    the stream. Training then decodes and discards the first `batches` batches.
+    If the number of processes or workers or the batch size has changed, it is the beginning of the stream, and training
+    decodes and discards the first `batches` batches.
     """
     batch, workers, _ = _reading(args)
     beginning = StreamPosition.beginning(batch, workers)

@@ -33,13 +33,13 @@ from .transforms import PairDraws
 logger = logging.getLogger(__name__)
 
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
-READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
+READERS = 256  # DataLoader workers with counters of their own; with more, some share counters
 COMPARED_PAIRS = 16  # pairs at the start of a stream whose two images are compared
 Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
 
 
 class Stream:
-    """Rows of a stream, in one of `FORMATS`. `name` is its name in messages."""
+    """Rows of a stream, in one of `FORMATS`. `name` is for messages."""
 
     def __init__(
         self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
@@ -63,14 +63,14 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def share(self, share: Peers) -> Stream:
-        """Return the part of the stream whose shards process `share.index` reads."""
+        """Return the shards that process `share.index` reads."""
         part = copy.copy(self)
         part.source = split_dataset_by_node(self.source, share.index, share.count)
         return part
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
-        """Read the stream once, and yield groups of rows whose images are compared. Count the rows in `report`."""
-        # Copy the stream: in `datasets`, workers share the epoch of a stream, but they may be in different passes.
+        """Read the stream once. Yield groups of rows whose images are compared, and count the rows in `report`."""
+        # A copy: in `datasets`, workers share a stream's epoch, but they may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
@@ -86,18 +86,17 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]. Items have the entries that [`PreferenceDataset`] describes.
 
     Training processes divide the shards of a stream by `split_dataset_by_node` of `datasets`, and the DataLoader
-    workers of a process its shards. If the number of shards is no multiple of the number of processes, each process
-    reads all labels but decodes only its share of the pairs. So do evaluations, because all processes need the same
-    number of pairs, and rows that are compared with one another must stay together.
+    workers of a process its shards. If the shards are no multiple of the processes, each reads all labels but
+    decodes only its share of the pairs. So do evaluations: all processes need the same number of pairs, and rows that
+    are compared must stay together.
 
-    The entry `row` of an item is the number of its pair, unique in an epoch over all workers. Seed, epoch and this
-    number seed the random numbers of a pair. Bad pairs are skipped and counted. In formats that compare the images of
-    several rows, these rows must be consecutive.
+    An item's entry `row` is the number of its pair, unique in an epoch over all workers. With seed and epoch, it seeds
+    the pair's random numbers. Bad pairs are skipped and counted. Rows whose images are compared must be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One stream, or several streams to mix.
         options ([`PairOptions`]): Settings for making pairs from rows.
-        weights (`Sequence[float]`, *optional*): Shares of the streams in the mixture. By default, all shares are equal.
+        weights (`Sequence[float]`, *optional*): Shares of the streams in the mixture, by default equal.
         name (`str`): Name of the data in messages.
     """
 
@@ -130,8 +129,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
 
     @property
     def report(self) -> DataReport:
-        """Counts of the current epoch so far, over the workers of this process only. Examples of bad rows come from the
-        DataLoader's main process."""
+        """Counts of the epoch so far, over this process's workers only. Examples of bad rows come from the DataLoader's
+        main process."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return replace(self._new_report(), **counts, examples=self._examples)
 
@@ -172,22 +171,22 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         return view
 
     def for_process(self, share: Peers) -> PreferenceIterableDataset:
-        """Return a view of this stream that reads only the share of process `share.index` among `share.count`."""
+        """Return a view that reads only the share of process `share.index` among `share.count`."""
         view = copy.copy(self)
         view._share = share
         return view
 
     def start_at(self, position: StreamPosition) -> None:
-        """Set the position at which iterations begin. For each pair before this position, iterations yield `None`.
+        """Set the position at which iterations begin. For each pair before it, they yield `None`.
 
-        Earlier passes are not read. Earlier rows of the current one are, so that a shuffled stream has the same order,
-        but not decoded.
+        Earlier passes are not read. Earlier rows of the current one are, to keep the order of a shuffled stream, but
+        not decoded.
         """
         self._start = position
 
     @property
     def _divides_shards(self) -> bool:
-        """Whether the processes divide the streams' shards, so that this process reads only its own shards."""
+        """Whether the processes divide the streams' shards, so that each reads only its own."""
         count = self._share.count
         if count == 1 or not self._options.repeat:
             return False
@@ -195,7 +194,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
 
     @property
     def _deals_pairs(self) -> bool:
-        """Whether all processes read the same rows, and each process decodes every n-th pair, for n processes."""
+        """Whether all n processes read the same rows, and each decodes every n-th pair."""
         return self._share.count > 1 and not self._divides_shards
 
     # ---- Reading --------------------------------------------------------------------------------------------------
@@ -215,8 +214,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
             passed = 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield this process's pairs of one pass. Then repeat a pair until all processes have yielded equally many
-        pairs."""
+        """Yield this process's pairs of one pass, then repeat one until all processes have yielded equally many."""
         items = self._one_pass(epoch)
         filling = None
         yielded = 0
@@ -234,25 +232,24 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
             yield {**filling, "repeated": True}
 
     def _one_pass(self, epoch: int, passes: int = 0, passed: int = 0) -> Generator[dict[str, Any], None, int]:
-        """Yield the items of this process in one pass over the stream that began in `epoch`, after `passes` other
-        passes and without the first `passed` pairs.
+        """Yield this process's items of one pass over the stream, which began in `epoch`, after `passes` other passes
+        and without the first `passed` pairs.
 
-        The generator returns the number of pairs in the pass, including undecodable pairs. In training, it returns 0 if
-        no pair could be decoded.
+        Return the number of pairs in the pass, undecodable ones included, or in training 0 if none could be decoded.
         """
         epoch += passes
         worker = get_worker_info()
         share = self._share
         deals_pairs = self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Number the workers of all processes, so that pairs of different workers get different random numbers.
+        # Numbered across processes, so that pairs of different workers get different random numbers.
         number = reader if deals_pairs else reader + workers * share.index
         numbers = workers if deals_pairs else workers * share.count
         report = self._new_report()
         self._examples = report.examples
         counts = self._counts[reader % READERS]
         if worker is None:
-            self._counts.zero_()  # clear the counts of the workers of an earlier DataLoader
+            self._counts.zero_()  # of an earlier DataLoader's workers
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if report.add(kind, row, reason, amount):
@@ -306,7 +303,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _count_same(self, is_same: bool) -> None:
-        """Warn once if most of the first pairs that this process reads have the same image twice."""
+        """Warn once if most of this process's first pairs have the same image twice."""
         self._compared += 1
         self._same += is_same
         if self._compared == COMPARED_PAIRS and 2 * self._same > COMPARED_PAIRS:
@@ -319,8 +316,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
             )
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
-        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly chosen
-        stream."""
+        """Yield groups of rows whose images are compared, in a mixture each from a randomly chosen stream."""
         streams = self._streams
         if self._divides_shards:
             streams = [stream.share(self._share) for stream in streams]

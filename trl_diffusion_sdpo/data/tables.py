@@ -1,4 +1,4 @@
-"""Converts what a user passes, a data set or a list of dicts, to a `datasets.Dataset` with undecoded images."""
+"""Makes a `datasets.Dataset` with undecoded images of what a user passes, a data set or a list of dicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .images import BAD_IMAGE, UndecodableImageError, decode_image
 
 
 def as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
-    """Return a user's rows as a `datasets.Dataset`. `name` is the name of the data in messages.
+    """Return a user's rows as a `datasets.Dataset`. `name` is their name in messages.
 
     Raises:
         ValueError: If the data have an unsupported type, a transform, or no rows.
@@ -73,7 +73,7 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
 
 
 def stored_image(value: Any) -> Any:
-    """Convert an image, or a list of images, to the form in which Arrow stores images."""
+    """Convert an image, or a list of images, to the form in which Arrow stores them."""
     if isinstance(value, list | tuple):
         return [stored_image(image) for image in value]
     if isinstance(value, Image.Image):

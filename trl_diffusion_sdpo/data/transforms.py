@@ -1,4 +1,4 @@
-"""Transforms that resize, crop and flip decoded images, with the same random numbers for both images of a pair."""
+"""Resizes, crops and flips decoded images, with the same random numbers for both images of a pair."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ INTERPOLATION = Image.Resampling.BILINEAR
 
 @dataclass(frozen=True)
 class PairDraws:
-    """All random numbers of one pair in one epoch. All numbers are always drawn, so that switching off flips, for
-    example, changes no other random number.
+    """All random numbers of one pair in one epoch. All are always drawn, so that switching off flips, for example,
+    changes no other.
 
     Attributes:
-        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible offset. The same
-            fractions apply to both images of the pair, even if their sizes differ.
-        flip (`float` in `[0, 1)`): Both images are mirrored if flips are on and `flip` is below 0.5.
-        dropout (`float` in `[0, 1)`): The prompt is replaced by an empty prompt if `dropout` is below `prompt_dropout`.
+        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible one. The same
+            fractions apply to both images, even if their sizes differ.
+        flip (`float` in `[0, 1)`): Below 0.5, both images are mirrored if flips are on.
+        dropout (`float` in `[0, 1)`): Below `prompt_dropout`, the prompt is emptied.
         seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
     """
 
@@ -37,7 +37,7 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> PairDraws:
-        """Draw a pair's random numbers from `seed`, `epoch` and `row`. All machines draw the same numbers."""
+        """Draw a pair's random numbers from `seed`, `epoch` and `row`, the same on all machines."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
@@ -53,11 +53,11 @@ class PairPixels(NamedTuple):
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`. The result is equal, bit by bit, on all devices.
+    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`, equal bit by bit on all devices.
 
     Args:
-        pixels (`torch.Tensor` of any shape, uint8): Pixels on any device. Tensors of another dtype are assumed to
-            be in `[-1, 1]` already, and are returned unchanged.
+        pixels (`torch.Tensor` of any shape, uint8): Pixels on any device. Those of another dtype are taken to be in
+            `[-1, 1]` already, and returned unchanged.
 
     Returns:
         `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
@@ -69,16 +69,16 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def white(device: torch.device) -> torch.Tensor:
-    """Return 255 as a tensor. CUDA would replace a division by the number 255 by a less exact multiplication."""
+    """Return 255 as a tensor. CUDA would turn a division by the number 255 into a less exact multiplication."""
     return torch.full((), 255.0, device=device)
 
 
 class PairTransform:
-    """Transform that resizes, flips and crops both images of a pair with the same random numbers.
+    """Resizes, flips and crops both images of a pair with the same random numbers.
 
-    Each image is resized to the smallest size with its aspect ratio that covers the target, and then cropped to the
-    target. For a square target, the shorter side becomes `resolution` and the longer side is rounded down, like in
-    torchvision's `Resize(int)` on PIL images.
+    Each image is resized to the smallest size with its aspect ratio that covers the target, and then cropped to it. For
+    a square target, the shorter side becomes `resolution` and the longer one is rounded down, like in torchvision's
+    `Resize(int)` on PIL images.
 
     Args:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
@@ -101,18 +101,18 @@ class PairTransform:
     def __call__(
         self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> PairPixels:
-        """Transform the two RGB images of a pair into pixels. Without `draws`, images are cropped at the center and not
-        mirrored. If `target` `(height, width)` is passed, it replaces `resolution`."""
+        """Transform the two RGB images of a pair into pixels. Without `draws`, they are cropped at the center and not
+        mirrored. A `target` `(height, width)` replaces `resolution`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
         sizes = (winner.height, winner.width), (loser.height, loser.width)
         return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
 
     def mirrors(self, draws: PairDraws | None) -> bool:
-        """Return whether the random numbers `draws` of a pair say that both images are mirrored."""
+        """Return whether the random numbers of a pair mirror both images."""
         return draws is not None and self.random_flip and draws.flip < 0.5
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
-        """Return the smallest `(height, width)` that covers the target and has the aspect ratio of the image."""
+        """Return the smallest `(height, width)` with the image's aspect ratio that covers the target."""
         target_height, target_width = (self.height, self.width) if target is None else target
         if width * target_height <= height * target_width:  # the width determines the scale
             return target_width * height // width, target_width
@@ -121,7 +121,7 @@ class PairTransform:
     def image(
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
-        """Return the transformed pixels `(3, H, W)` of an image, and the top left corner of the crop."""
+        """Return an image's transformed pixels `(3, H, W)`, and the top left corner of the crop."""
         target = (self.height, self.width) if target is None else target
         height, width = self.resized_size(image.height, image.width, target)
         corner = self._corner(height - target[0], width - target[1], draws)
@@ -138,8 +138,8 @@ class PairTransform:
         is_mirrored: bool,
         resampling: Image.Resampling = INTERPOLATION,
     ) -> Image.Image:
-        """Resize an image to cover `target` `(height, width)`, mirror it if `is_mirrored` is true, and crop it to
-        `target` at `corner` `(top, left)`, or at the center."""
+        """Resize an image to cover `target` `(height, width)`, mirror it if `is_mirrored`, and crop it to `target` at
+        `corner` `(top, left)`, by default at the center."""
         height, width = self.resized_size(image.height, image.width, target)
         image = image.resize((width, height), resampling)
         image = ImageOps.mirror(image) if is_mirrored else image
@@ -147,8 +147,8 @@ class PairTransform:
         return image.crop((left, top, left + target[1], top + target[0]))
 
     def is_cut_with_pair(self, source: Size, images: Sequence[Size], target: Size) -> bool:
-        """Return whether a source image of this `(height, width)` is cropped with its pair, as large after resizing as
-        both `images` of the pair are. A crop of any other source would show another part than they do."""
+        """Return whether a source image of this `(height, width)` is cropped with its pair: after resizing, it is as
+        large as both `images` of the pair. A crop of any other would show another part than theirs."""
         return {self.resized_size(*source, target)} == {self.resized_size(*image, target) for image in images}
 
     def _corner(self, free_height: int, free_width: int, draws: PairDraws | None) -> Size:
@@ -158,7 +158,7 @@ class PairTransform:
 
 
 def fit_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> torch.Tensor:
-    """Resize, mirror and crop the masks of an item in the same way as its images.
+    """Resize, mirror and crop the masks of an item like its images.
 
     Args:
         masks (`Sequence` of two `PIL.Image.Image`): Grey masks of winner and loser, as large as their images.

@@ -1,7 +1,7 @@
 """DataLoader workers that ignore SIGINT and SIGTERM.
 
-When a job is interrupted, all processes of the job get SIGINT or SIGTERM. The training process reacts by finishing its
-step and saving a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
+An interrupted job sends one of them to all its processes. The training process then finishes its step, which may need
+another batch, and saves a checkpoint, so the workers must stay alive.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def share(batch: Any) -> Any:
-    """Move the tensors of a batch into shared memory, in place, and return the batch. Raise `UserError` if shared
-    memory is full."""
+    """Move the tensors of a batch into shared memory, in place, and return it. Raise `UserError` if that is full."""
     if isinstance(batch, torch.Tensor):
         try:
             return batch.share_memory_()
@@ -46,8 +45,7 @@ def share(batch: Any) -> Any:
 class CollateIntoSharedMemory:
     """Collator that puts batches into shared memory if it runs in a DataLoader worker.
 
-    Without this collator, torch would move batches into shared memory in a background thread of the worker, and errors
-    of this thread would stay hidden.
+    torch itself would do it in a background thread of the worker, where errors stay hidden.
     """
 
     collate: Callable[[Any], Any]
@@ -59,11 +57,9 @@ class CollateIntoSharedMemory:
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
-    """Return a tensor in shared memory that is set to 1 when this process exits, so that the workers of this process
-    exit too.
+    """Return a tensor in shared memory that becomes 1 when this process exits, so that its workers exit too.
 
-    Workers need this flag, because they ignore SIGTERM. After an exception, multiprocessing would send SIGTERM to the
-    workers and wait for them forever.
+    They ignore SIGTERM, which multiprocessing would send them after an exception and then wait forever.
     """
     flag = share(torch.zeros(1, dtype=torch.uint8))
     atexit.register(flag.fill_, 1)
@@ -72,10 +68,10 @@ def _exit_flag() -> torch.Tensor:
 
 @dataclass
 class WorkerStart:
-    """`worker_init_fn` that makes a DataLoader worker ignore SIGINT and SIGTERM, and exit when its parent process exits
-    or dies."""
+    """`worker_init_fn` that makes a DataLoader worker ignore SIGINT and SIGTERM, and exit when its parent exits or
+    dies."""
 
-    seed: Callable[[int], None] | None = None  # function to call with the worker's number, which seeds the worker
+    seed: Callable[[int], None] | None = None  # seeds the worker, called with its number
     parent_exits: torch.Tensor = field(default_factory=_exit_flag)
 
     def __call__(self, worker_id: int) -> None:
@@ -87,7 +83,7 @@ class WorkerStart:
 
 
 def _exit_with_parent(parent_exits: torch.Tensor) -> None:
-    """Wait until the parent process exits or dies, then exit this process."""
+    """Wait until the parent exits or dies, then exit this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     while not parent_exits[0]:

@@ -1,4 +1,4 @@
-"""The interface through which the trainer uses an engine: one process, DDP, FSDP2 or DeepSpeed ZeRO."""
+"""The trainer's interface to an engine: one process, DDP, FSDP2 or DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Engine that trains the model: a single process or DDP (both called `"plain"`), FSDP2, or DeepSpeed ZeRO.
+    """Trains the model: a single process or DDP (both called `"plain"`), FSDP2, or DeepSpeed ZeRO.
 
     Args:
-        accelerator (`Callable`): Function that returns the trainer's accelerator. The function is called at each use,
-            because transformers creates the accelerator after the engine and changes its plugins until training begins.
-        policy (`Callable`): Function that returns the policy as accelerate wrapped it for the engine.
+        accelerator (`Callable`): Returns the trainer's accelerator. Called at each use, because transformers creates
+            the accelerator after the engine and changes its plugins until training begins.
+        policy (`Callable`): Returns the policy as accelerate wrapped it for the engine.
     """
 
     def __init__(self, accelerator: Callable[[], Accelerator], policy: Callable[[], nn.Module]):
@@ -39,7 +39,7 @@ class Engine:
 
     @property
     def accelerator(self) -> Accelerator:
-        """accelerate's `Accelerator` of the trainer."""
+        """The trainer's `Accelerator`."""
         return self._accelerator()
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -60,7 +60,7 @@ class Engine:
     def holds_shards(self) -> bool:
         """Whether the engine (FSDP2, DeepSpeed) shards the weights or the optimizer's float32 copies of them.
 
-        With sharding, a trainer can train only once, and can evaluate only after training has prepared the model.
+        The trainer can then train only once, and evaluate only after training has prepared the model.
         """
         return self._is_deepspeed or self._is_fsdp
 
@@ -82,21 +82,19 @@ class Engine:
 
     @property
     def casts_weights(self) -> bool:
-        """Whether `accelerator.prepare` changes the dtype of the model's weights, as under DeepSpeed."""
+        """Whether `accelerator.prepare` changes the dtype of the weights, as under DeepSpeed."""
         return self._is_deepspeed
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine rounds the weights of the model themselves to half precision (DeepSpeed), not only copies
-        of the weights."""
+        """Whether the engine rounds the weights themselves to half precision (DeepSpeed), not only copies."""
         return self._is_deepspeed and self.rounding is not None
 
     @property
     def rounding(self) -> torch.dtype | None:
-        """Half-precision dtype to which the engine rounds all weights, or rounds copies of the weights in each forward
-        pass.
+        """Half-precision dtype to which the engine rounds all weights, or copies of them in each forward pass.
 
-        `None` if the engine does not round (autocast may still round).
+        `None` if it does not round (autocast may still).
         """
         if self.accelerator.is_fsdp2:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
@@ -111,8 +109,8 @@ class Engine:
 
     @property
     def pickled_types(self) -> list[type]:
-        """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading DeepSpeed's objects is safe,
-        because unpickling these classes runs no code."""
+        """Classes of DeepSpeed whose pickled objects are in its checkpoints. They are safe to load: unpickling
+        them runs no code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -138,7 +136,7 @@ class Engine:
 
     def check(self, asked: str | None = None) -> None:
         """Raise `ValueError` if the engine would split an image among processes, round gradients while exchanging them,
-        or is not supported. Log a warning if another engine runs than `asked`, the name of one that shards."""
+        or is not supported. Warn if another engine runs than `asked`, the name of one that shards."""
         if asked is not None and not self.holds_shards and self.accelerator.is_main_process:
             logger.warning(
                 "The settings ask for %s, but accelerate does not run it here (%d processes, device %s). Training goes "
@@ -171,16 +169,15 @@ class Engine:
             )
 
     def complete_settings(self, *, exact_gradients: bool) -> None:
-        """Set options of accelerate's plugins that this package's trainer needs. Call it before the model is prepared.
+        """Set what this package's trainer needs in accelerate's plugins. Call it before the model is prepared.
 
         With `exact_gradients`, processes average gradients in float32, not in half precision. The parameter-space
-        safeguard needs float32, because it subtracts gradients of similar size, and rounding errors would be large
-        relative to the difference.
+        safeguard needs it: it subtracts gradients of similar size, beside whose difference rounding errors are large.
         """
         compiling = self.accelerator.state.dynamo_plugin
         if compiling.dynamic is False:
-            # `accelerate launch` sets `dynamic=False` by default. torch would then compile anew for every image size,
-            # and give up after a few sizes.
+            # `accelerate launch` sets `dynamic=False` by default, with which torch would compile anew for every image
+            # size, and give up after a few.
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
@@ -188,11 +185,11 @@ class Engine:
             plugin.cpu_ram_efficient_loading = False
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
-                # By default, FSDP rounds every input, including timesteps. Autocast, which rounds only inputs of matrix
-                # products and convolutions, is enough.
+                # By default, FSDP rounds every input, including timesteps. Autocast is enough: it rounds only inputs of
+                # matrix products and convolutions.
                 settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
-            # Without this setting, every process would hold full gradients until the last micro-batch.
+            # Otherwise every process would hold full gradients until the last micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         elif self._zero_stage >= 2 and exact_gradients:  # with these options, ZeRO-1 would use another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -200,66 +197,60 @@ class Engine:
             config.setdefault("communication_data_type", "fp32")
 
     def unrounded(self, module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        """Return the exact values of the trained weights, by parameter, before the engine rounds them, for a later call
-        of [`Engine.restore_unrounded`].
-
-        If the engine does not round weights, the dictionary is empty.
+        """Return the trained weights' exact values, by parameter, before the engine rounds them, for a later
+        [`Engine.restore_unrounded`]. Empty if the engine does not round.
         """
         if not self.rounds_weights:
             return {}
         return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
 
     def shard_before_preparing(self, module: nn.Module, unrounded: dict[nn.Parameter, torch.Tensor]) -> None:
-        """Under ZeRO-3, move a module from the CPU to the device in shards, one weight at a time. Other engines do
-        nothing here.
-
-        `accelerator.prepare` would first move the whole module to the device. The values in `unrounded` (from
-        [`Engine.unrounded`]) are replaced by their shards.
+        """Under ZeRO-3, move a module from the CPU to the device in shards, one weight at a time, where
+        `accelerator.prepare` would first move it whole. The values in `unrounded` (from [`Engine.unrounded`]) are
+        replaced by their shards. Other engines do nothing here.
         """
         if self._zero_stage == 3:
             sharding.zero3_partition(module, self.accelerator, self.rounding, unrounded)
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
         """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
-        prepared. This call empties the dictionary `weights`.
+        prepared, and empty the dictionary.
 
-        DeepSpeed initializes the optimizer's float32 weights from the rounded weights, and the rounding error is larger
-        than the change by many training steps.
+        DeepSpeed initializes the optimizer's from the rounded weights, whose rounding error is larger than the change
+        by many training steps.
         """
         sharding.restore_unrounded(weights)
 
     def gradient_backend(self) -> GradientBackend:
-        """Return the back end that accumulates the gradients of winners and losers separately. Call this method after
-        the engine has wrapped the policy.
+        """Return the back end that accumulates the gradients of winners and losers separately. Call it after the engine
+        has wrapped the policy.
 
         Raises:
-            `ValueError`: If the engine's settings do not allow separate gradients.
+            `ValueError`: If the engine's settings allow no separate gradients.
         """
         return gradient_backend(self._policy(), self.accelerator)
 
     # ---- Weights --------------------------------------------------------------------------------------------------
 
     def reshard(self) -> None:
-        """Under FSDP2, turn gathered weights into shards again. FSDP2 leaves weights gathered after a forward pass
-        without gradients.
+        """Turn the weights that FSDP2 leaves gathered, after a forward pass without gradients, into shards again.
 
-        Call this method before reading or writing weights.
+        Call it before reading or writing weights.
         """
         if self._is_fsdp:
             for model in (self._policy(), *self._second_models):
                 sharding.reshard(model)
 
     def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather the full values of named weights on the CPU, one weight at a time. Call it in all processes.
+        """Gather the full values of named weights on the CPU, one at a time. Call it in all processes.
 
         Args:
             tensors (`dict[str, torch.Tensor]`): Parameters and buffers of a module by name, not detached.
-            keep (`bool`): Whether this process gets the weights. A process with `keep=False` only sends its shards, and
-                gets an empty dictionary.
+            keep (`bool`): Whether this process gets the weights. Otherwise, it only sends its shards, and gets an empty
+                dictionary.
 
         Returns:
-            `dict[str, torch.Tensor]`: Copies by name. For trained weights, the copies are the optimizer's float32
-            values.
+            `dict[str, torch.Tensor]`: Copies by name; of trained weights, the optimizer's float32 values.
         """
         gathered = {}
         for name, tensor in tensors.items():
@@ -270,8 +261,7 @@ class Engine:
 
     @torch.no_grad()
     def scatter(self, values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
-        """Copy full tensors into the weights of the same names in `into`, which may be sharded. Call it in all
-        processes."""
+        """Copy full tensors into the weights of the same names in `into`, perhaps sharded. Call it in all processes."""
         for name, tensor in into.items():
             sharding.scatter(values[name], tensor, self._zero_stage)
 
@@ -289,12 +279,12 @@ class Engine:
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
         """Move a frozen module from the CPU to the device, with the same sharding and precision as the policy.
 
-        The module is changed in place. Each weight is cast before it is moved, and weights are sharded one after the
-        other, to save memory.
+        The module is changed in place. To save memory, each weight is cast before it is moved, and sharded before the
+        next.
 
         Args:
-            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then keeps updated weights
-                in float32, because half precision would lose the small updates.
+            moves (`bool`): Whether training updates the module's weights. FSDP2 then keeps them in float32: half
+                precision would lose the small updates.
 
         Returns:
             `nn.Module`: Module to call instead of `module`.
@@ -315,10 +305,9 @@ class Engine:
     @contextlib.contextmanager
     def computing(self, module: nn.Module, *, is_policy: bool) -> Iterator[nn.Module]:
         """Within the context, yield a complete (unsharded) module on the device, rounded as the engine will round the
-        policy.
+        policy: in a copy, if it rounds weights.
 
-        If the engine rounds weights, the yielded module is a rounded copy. Under one process or DDP, the policy is not
-        moved, because it is already on its device.
+        Under one process or DDP, the policy is not moved: it is already on its device.
         """
         dtype = self.rounding
         before = next(module.parameters()).device
@@ -362,13 +351,12 @@ class Engine:
 
     def load_state(self, model: nn.Module, folder: str) -> None:
         """Load the weights and the optimizer state that [`Engine.save_state`] wrote under DeepSpeed."""
-        # Loading must not be strict, because the checkpoint lacks the frozen weights.
+        # Not strictly: the checkpoint lacks the frozen weights.
         deepspeed_load_checkpoint(model, folder, load_module_strict=False)
 
 
 def _refuse_zero_plus_plus(config: dict[str, Any]) -> None:
-    """Raise `ValueError` if settings turn on DeepSpeed's ZeRO++, which rounds gradients and weights for
-    communication."""
+    """Raise `ValueError` if settings turn on DeepSpeed's ZeRO++, which rounds gradients and weights to send them."""
     defaults = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
     active = {name: config[name] for name, off in defaults.items() if config.get(name, off) != off}
     if active:

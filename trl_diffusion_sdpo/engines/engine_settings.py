@@ -1,4 +1,4 @@
-"""Functions that read settings of DeepSpeed and FSDP from the training arguments, before there is an `Accelerator`."""
+"""Reads settings of DeepSpeed and FSDP from the training arguments, before there is an `Accelerator`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ def runs_deepspeed(args: TrainingArguments) -> bool:
 
 
 def by_engine(args: TrainingArguments) -> bool:
-    """Return whether DeepSpeed or FSDP (engines that shard or round weights) will train, instead of a single process or
-    DDP."""
+    """Return whether DeepSpeed or FSDP (engines that shard or round weights) will train, not one process or DDP."""
     return asked_engine(args) is not None
 
 
 def asked_engine(args: TrainingArguments) -> str | None:
-    """Return the name of the sharding engine that the training arguments or the launcher ask for, or `None`.
-    accelerate may not run it, for example FSDP on CPUs or with one process."""
+    """Return the name of the sharding engine that the training arguments or the launcher ask for, or `None`. accelerate
+    may not run it, for example FSDP on CPUs or with one process."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if runs_deepspeed(args):
         return "DeepSpeed"
@@ -42,8 +41,8 @@ def shards_weights(args: TrainingArguments) -> bool:
 
 
 def branch_gradient_obstacles(args: TrainingArguments) -> Iterator[tuple[str, str]]:
-    """Yield each setting of the engine under which [`gradient_backend`] would refuse to compute the winners' and the
-    losers' gradients separately: a reason, and how to change it, as two sentences without a full stop."""
+    """Yield each setting of the engine for which [`gradient_backend`] would refuse to compute winners' and losers'
+    gradients separately: a reason, and how to change it, as two sentences without a full stop."""
     plugin = args.deepspeed_plugin
     if plugin is not None:
         config = plugin.hf_ds_config
@@ -82,8 +81,8 @@ def check_deepspeed_precision(args: TrainingArguments) -> None:
 
 
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
-    """Write the learning rate into DeepSpeed's configuration if the configuration still has `"auto"`, because
-    `learning_rate` was unset when transformers replaced `"auto"`."""
+    """Write the learning rate into DeepSpeed's configuration if that still has `"auto"`: `learning_rate` was unset when
+    transformers replaced it."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -96,10 +95,10 @@ def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
 
 @contextlib.contextmanager
 def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
-    """Within the context, make models load with complete weights in every process.
+    """Within the context, load models with complete weights in every process.
 
-    Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
-    can run shards. Outside of this context, transformers would also load weights only in the first process under FSDP.
+    Otherwise, transformers would load text encoders as shards under ZeRO-3, which only DeepSpeed's engine can run, and
+    weights only in the first process under FSDP.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:
@@ -117,8 +116,8 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_unsharded(module: nn.Module, name: str) -> None:
-    """Raise `ValueError` if a module was loaded in shards, as transformers does under ZeRO-3. The error message calls
-    the module `name`."""
+    """Raise `ValueError` if a module was loaded in shards, as transformers does under ZeRO-3. The message calls it
+    `name`."""
     if any(weight.numel() == 0 for weight in module.parameters()):
         raise UserError(
             f"The pipeline's {name} must have complete weights, but was loaded in shards of ZeRO-3. Pass the "
@@ -127,8 +126,8 @@ def check_unsharded(module: nn.Module, name: str) -> None:
 
 
 def training_autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    """Return the autocast context in which training predicts. Under DeepSpeed the context does nothing, because
-    DeepSpeed rounds the weights instead."""
+    """Return the autocast context in which training predicts. Under DeepSpeed, which rounds the weights instead, it
+    does nothing."""
     if runs_deepspeed(args) or not (args.bf16 or args.fp16):
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)

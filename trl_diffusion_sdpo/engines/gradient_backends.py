@@ -1,9 +1,9 @@
 """Gradient back ends, one for each engine: compute the gradients of winners and losers separately, average them over
-processes, and set the gradient with which the optimizer steps. (`gradients.py` does arithmetic on these gradients.)
+processes, and set the one with which the optimizer steps. (`gradients.py` does arithmetic on them.)
 
-Gradients are averaged over processes, never summed. With one process or DDP, `backward` returns the process's own
-gradient, and `all_reduced` averages the gradients of all processes once per optimizer step. With FSDP2 and DeepSpeed,
-`backward` already returns averaged gradients, as this process's shards.
+Gradients are averaged over processes, never summed. With one process or DDP, `backward` returns the process's own, and
+`all_reduced` averages those of all processes once per optimizer step. With FSDP2 and DeepSpeed, `backward` already
+returns averaged gradients, as this process's shards.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from ..utils.errors import UserError
 from .gradients import Gradient, add
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
-REDUCE_BUCKET = 1 << 25  # number of elements in one all-reduce
+REDUCE_BUCKET = 1 << 25  # elements in one all-reduce
 
 
 class GradientBackend(ABC):
-    """Interface with which the parameter-space safeguard computes gradients under one engine, averages them over
-    processes, and passes the combined gradient to the optimizer.
+    """Computes gradients for the parameter-space safeguard under one engine, averages them over processes, and passes
+    the combined one to the optimizer.
 
-    A gradient is a list with one tensor for each trained weight (or for this process's shard of it), always in the same
-    order. The entry of a weight is `None` if the objective does not depend on this weight.
+    A gradient is a list with one tensor for each trained weight (or this process's shard of it), always in the same
+    order, or `None` where the objective does not depend on the weight.
     """
 
     retains_graph = True  # whether the engine allows two backward passes after one forward pass
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        """Run the backward pass of the scalar `objective`, and return the sum of `into` and the gradient of
-        `objective`. Under FSDP2 and DeepSpeed, the gradient is already averaged over processes.
+        """Run the backward pass of the scalar `objective`, and return its gradient added to `into`. Under FSDP2 and
+        DeepSpeed, it is already averaged over processes.
 
         Args:
-            objective (`torch.Tensor` of shape `()`): Scalar, already divided by the number of micro-batches in the
-                optimizer step.
+            objective (`torch.Tensor` of shape `()`): Already divided by the number of micro-batches in the optimizer
+                step.
             into (`list`, *optional*): Accumulated gradient of earlier micro-batches, which may be changed in place.
             retain_graph (`bool`): Whether another backward pass through the same graph follows.
         """
@@ -56,18 +56,17 @@ class GradientBackend(ABC):
         """Set the gradient that the Trainer or the engine clips, and with which the optimizer then steps."""
 
     def all_reduced(self, gradient: Gradient) -> Gradient:
-        """Return the gradient averaged over the processes. Under FSDP2 and DeepSpeed, return the gradient unchanged,
-        because `backward` has already averaged it."""
+        """Return the gradient averaged over the processes. Under FSDP2 and DeepSpeed, `backward` has already averaged
+        it, and it is returned unchanged."""
         return gradient
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
-        """Return the inner products of whole gradients. `products` are the inner products of this process's shards. If
-        gradients are not sharded, return `products` unchanged. `products` may be changed in place."""
+        """Return the inner products of whole gradients from those of this process's shards, `products`, which may be
+        changed in place. Without sharding, they are returned unchanged."""
         return products
 
     def step(self) -> None:
-        """Step the optimizer if the engine does this itself (DeepSpeed). Under other engines do nothing, because the
-        Trainer steps the optimizer."""
+        """Step the optimizer where the engine does (DeepSpeed). Elsewhere, do nothing: the Trainer steps it."""
         return None
 
     def accumulating(self) -> contextlib.AbstractContextManager:
@@ -76,8 +75,8 @@ class GradientBackend(ABC):
 
 
 class ReplicatedBackend(GradientBackend):
-    """Back end for one process or DDP. Every process accumulates full gradients of its own pairs. Processes average
-    these gradients once per optimizer step, in `all_reduced`."""
+    """Back end for one process or DDP. Every process accumulates full gradients of its own pairs, which are averaged
+    once per optimizer step, in `all_reduced`."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self._model: Any = model
@@ -102,7 +101,7 @@ class ReplicatedBackend(GradientBackend):
     def all_reduced(self, gradient: Gradient) -> Gradient:
         if self._accelerator.num_processes == 1:
             return gradient
-        # A weight may have a gradient in some processes only, but all processes must all-reduce equally many elements.
+        # Some processes may lack a weight's gradient, but all must all-reduce equally many elements.
         pairs = zip(gradient, self._weights, strict=True)
         full = [torch.zeros_like(weight) if tensor is None else tensor for tensor, weight in pairs]
         all_reduce_mean(full)
@@ -113,17 +112,15 @@ class ReplicatedBackend(GradientBackend):
             weight.grad = tensor
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # DDP averages gradients once per forward pass, so it would leave out the gradient of the second backward pass.
+        # DDP averages once per forward pass, and would leave out the gradient of the second backward pass.
         return self._accelerator.no_sync(self._model)
 
 
 class Fsdp2Backend(ReplicatedBackend):
-    """Back end for FSDP2. The backward pass itself averages gradients over processes and leaves each process its
-    shard."""
+    """Back end for FSDP2. The backward pass itself averages gradients and leaves each process its shard."""
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # Without this call, FSDP2 would add up the gradients of winners and losers itself, unsharded, until the last
-        # micro-batch.
+        # Otherwise FSDP2 would add up the gradients of winners and losers, unsharded, until the last micro-batch.
         cast(Any, self._model).set_requires_gradient_sync(True)
         return contextlib.nullcontext()
 
@@ -135,15 +132,15 @@ class Fsdp2Backend(ReplicatedBackend):
 
 
 class ZeroBackend(GradientBackend):
-    """Back end for DeepSpeed. The backward pass itself averages gradients over processes and puts this process's shards
-    into DeepSpeed's optimizer."""
+    """Back end for DeepSpeed. The backward pass itself averages gradients and puts this process's shards into
+    DeepSpeed's optimizer."""
 
     def __init__(self, engine: Any):
         self._engine = engine
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Without this call, DeepSpeed would add up the gradients of winners and losers until the last micro-batch, and
-        # would count each backward pass as a micro-batch.
+        # Otherwise DeepSpeed would add up the gradients of winners and losers until the last micro-batch, and count
+        # each backward pass as one.
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
@@ -152,8 +149,8 @@ class ZeroBackend(GradientBackend):
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
-        """Return this process's gradient shards of the latest backward pass, read from DeepSpeed's optimizer and added
-        to `into` if `into` is set."""
+        """Return this process's gradient shards of the latest backward pass, from DeepSpeed's optimizer, added to
+        `into` if set."""
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)
@@ -164,8 +161,8 @@ class ZeroBackend(GradientBackend):
 
 
 class Zero12Backend(ZeroBackend):
-    """Back end for ZeRO-1 and ZeRO-2. DeepSpeed's optimizer stores the gradients as flat shards, one list per parameter
-    group, in its attribute `averaged_gradients`."""
+    """Back end for ZeRO-1 and ZeRO-2, where the gradients are flat shards, one list per parameter group, in the
+    optimizer's attribute `averaged_gradients`."""
 
     def __init__(self, engine: Any):
         super().__init__(engine)
@@ -183,8 +180,8 @@ class Zero12Backend(ZeroBackend):
         return [*taken] if into is None else add(into, taken)
 
     def set_gradient(self, gradient: Gradient) -> None:
-        # Copy into DeepSpeed's tensors instead of replacing them, because they may be views of a flat tensor. The
-        # losers' gradient of the latest pass, which these tensors still contain, is no longer needed.
+        # Copy into DeepSpeed's tensors, which may be views of a flat tensor. They still hold the losers' gradient of
+        # the latest pass, which is no longer needed.
         tensors: Iterator[Any] = iter(gradient)
         for group, shards in self._groups.items():
             for shard in shards:
@@ -194,7 +191,7 @@ class Zero12Backend(ZeroBackend):
 
 
 class Zero3Backend(ZeroBackend):
-    """Back end for ZeRO-3. A gradient is a list with this process's shard for each parameter."""
+    """Back end for ZeRO-3. A gradient has this process's shard for each parameter."""
 
     retains_graph = False  # ZeRO-3 allows only one backward pass per forward pass
 
@@ -217,8 +214,8 @@ class Zero3Backend(ZeroBackend):
 
 
 def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBackend:
-    """Return the gradient back end for the engine that trains `model`. See [`Engine.gradient_backend`] for the
-    errors."""
+    """Return the gradient back end for the engine that trains `model`. For the errors, see
+    [`Engine.gradient_backend`]."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_backend(model)
     if accelerator.is_fsdp2:
@@ -267,8 +264,7 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
 
 
 def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
-    """Average tensors over all processes, in place. Several tensors share one all-reduce of up to `REDUCE_BUCKET`
-    elements."""
+    """Average tensors over all processes, in place, with up to `REDUCE_BUCKET` elements in an all-reduce."""
     world = dist.get_world_size()
     bucket: list[torch.Tensor] = []
     size = 0
@@ -286,14 +282,14 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
 
 
 def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
-    """Sum a small tensor over all processes, in place, and return the tensor."""
+    """Sum a small tensor over all processes, in place, and return it."""
     dist.all_reduce(products)
     return products
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside the wrappers of accelerate and DeepSpeed. Each wrapper has the wrapped
-    optimizer in the attribute `optimizer`."""
+    """Return the torch optimizer inside the wrappers of accelerate and DeepSpeed, each of which holds it in its
+    attribute `optimizer`."""
     while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer

@@ -1,5 +1,5 @@
-"""Arithmetic on gradients: inner products and sums. A gradient is a list with one tensor for each weight, or with this
-process's shard of each tensor. (`gradient_backends.py` computes the gradients.)"""
+"""Inner products and sums of gradients. A gradient is a list with one tensor for each weight, or with this process's
+shards. (`gradient_backends.py` computes them.)"""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ import torch
 
 from .sharding import local_tensor
 
-CHUNK = 1 << 22  # number of elements converted to float64 at once on an accelerator; large, so that few kernels run
-CPU_CHUNK = 1 << 16  # number of elements converted to float64 at once on a CPU; small, so that they fit into its cache
+CHUNK = 1 << 22  # elements converted to float64 at once on an accelerator; many, so that few kernels run
+CPU_CHUNK = 1 << 16  # the same on a CPU; few, so that they fit into its cache
 
 Gradient = list[torch.Tensor | None]
 
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
-    """Return the inner products of each two of `n` gradients, `(n, n)` in float64. If gradients are sharded, the
-    products cover this process's shards only."""
+    """Return the inner products of each two of `n` gradients, `(n, n)` in float64. Of sharded gradients, they cover
+    this process's shards only."""
     first = next(tensor for tensor in gradients[0] if tensor is not None)
     dtype = exact_dtype(first.device)
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
-        # A single matrix product would be slower for such long rows, and would need a copy in which the rows are
-        # stacked.
+        # One matrix product would be slower for such long rows, and need a stacked copy of them.
         for i, row in enumerate(rows):
             for j in range(i, len(rows)):
                 products[i, j] += row @ rows[j]
@@ -32,8 +31,8 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
 
 
 def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.Tensor]]]:
-    """Yield corresponding pieces of all gradients, with at most `limit` elements of each gradient at a time. A tensor
-    that is `None` counts as zeros."""
+    """Yield corresponding pieces of all gradients, with at most `limit` elements of each at a time. `None` counts as
+    zeros."""
     pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
     size = 0
     for tensors in zip(*gradients, strict=True):
@@ -55,7 +54,7 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
 
 
 def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
-    """Subtract `scale` times the losers' gradient from the winners' gradient, in place: `W = W - lambda L`."""
+    """Subtract `scale` times the losers' gradient from the winners', in place: `W = W - lambda L`."""
     for i, (w, loser_tensor) in enumerate(zip(winner, loser, strict=True)):
         if loser_tensor is None:
             continue
@@ -66,7 +65,7 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
 
 
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
-    """Add a gradient to the gradient `into`, in place, and return `into`."""
+    """Add a gradient to `into`, in place, and return `into`."""
     for total, tensor in zip(into, gradient, strict=True):
         assert total is not None  # under ZeRO every weight has a gradient
         total.add_(tensor)

@@ -1,4 +1,4 @@
-"""Communication between training processes, besides what the engines (DDP, FSDP2, DeepSpeed) do themselves."""
+"""Communication between training processes beyond that of the engines (DDP, FSDP2, DeepSpeed) themselves."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def max_over_processes(values: torch.Tensor) -> torch.Tensor:
 def in_any_process(flag: bool, device: torch.device) -> bool:
     """Return whether `flag` is true in any process. Call it in all processes.
 
-    The call waits for the device, so do not call it in every step.
+    It waits for the device, so do not call it in every step.
     """
     return bool(max_over_processes(torch.tensor(int(flag), device=device))) if several_processes() else flag
 
 
 def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
-    """Return a list of the `value` of every process, in order of rank. Values must be small and picklable. Call it in
-    all processes.
+    """Return the `value` of every process, in order of rank. Values must be small and picklable. Call it in all
+    processes.
 
-    A process waits for the other processes up to `ddp_timeout`, half an hour by default.
+    A process waits for the others up to `ddp_timeout`, half an hour by default.
 
     Args:
-        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. If `True`, the other
-            processes wait up to a day.
+        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. The others then wait up to a
+            day.
 
     Raises:
         `RuntimeError`: If another process has ended or does not respond in time.
@@ -68,24 +68,23 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _upload_group(world: Any) -> Any:
-    """Return a process group of all processes in `world` that waits up to a day. The group is created at the first
-    call.
+    """Return a process group of all processes in `world` that waits up to a day, created at the first call.
 
-    The group uses gloo, because collectives on an accelerator cannot wait so long.
+    It uses gloo, because collectives on an accelerator cannot wait so long.
     """
     return dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT)
 
 
 def peers(args: TrainingArguments) -> Peers:
-    """Return an object with which the training processes can exchange Python objects."""
+    """Return the training processes as a group that exchanges Python objects."""
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """Raise `ValueError` in all processes if a value in `facts`, such as a setting, differs between processes.
 
-    Call it in all processes. Without this check, processes with different settings would wait for each other forever,
-    or average the gradients of different runs.
+    Call it in all processes. With different settings, they would wait for each other forever, or average the gradients
+    of different runs.
     """
     everyone = gather_objects({name: repr(value) for name, value in facts.items()})
     for name, ours in everyone[0].items():
@@ -105,11 +104,10 @@ def _short(text: str | None) -> str:
 
 @contextlib.contextmanager
 def failing_together(error_type: type[Exception], *, during_upload: bool = False) -> Iterator[None]:
-    """Make all processes raise an error if any process raises an error within the context. All processes must enter the
-    context.
+    """Make all processes raise if any raises within the context, which all must enter.
 
-    The failed process raises its own error. The other processes raise `error_type` with the message of the failed
-    process. For `during_upload` see [`gather_objects`].
+    The failed process raises its own error. The others raise `error_type` with its message. For `during_upload` see
+    [`gather_objects`].
     """
     local_error: Exception | None = None
     try:

@@ -1,5 +1,5 @@
-"""Functions that read, write and shard weights that are distributed over processes, and `Float32Shards`, float32 copies
-of weights that DeepSpeed rounds."""
+"""Reads, writes and shards weights that are distributed over processes, and keeps float32 copies of weights that
+DeepSpeed rounds (`Float32Shards`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def full_tensor(value: Any) -> Any:
-    """Return the full value of a DTensor as a plain tensor. Any other value is returned unchanged. Call it in all
-    processes."""
+    """Return the full value of a DTensor as a plain tensor, and any other value unchanged. Call it in all processes."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's shard of a DTensor. Any other tensor is returned unchanged."""
+    """Return this process's shard of a DTensor, and any other tensor unchanged."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -35,7 +34,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
     """Return this process's shard, `size` elements, of a full tensor.
 
-    The full tensor is flattened, and padded with zeros so that all processes get equally many elements.
+    It is flattened, and padded with zeros so that all processes get equally many elements.
     """
     flat = full.flatten()
     padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
@@ -44,8 +43,8 @@ def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[None]:
-    """Make ZeRO-3 weights complete in all processes within the context. With `write`, changes that the first process
-    makes are sent to all processes at the end."""
+    """Make ZeRO-3 weights complete in all processes within the context. With `write`, the first process's changes are
+    sent to all at the end."""
     if not tensors:
         yield
         return
@@ -63,8 +62,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
-    """Return the full value of a weight. For weights that DeepSpeed trains, the full value is the optimizer's float32
-    value. A weight that is not sharded is returned without copying it."""
+    """Return the full value of a weight; for those that DeepSpeed trains, the optimizer's float32 value. An unsharded
+    weight is not copied."""
     if zero_stage == 0:
         return full_tensor(tensor)
     from deepspeed.utils import safe_get_full_fp32_param
@@ -77,7 +76,7 @@ def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
 
 
 def scatter(value: torch.Tensor, into: torch.Tensor, zero_stage: int) -> None:
-    """Copy a full tensor into the weight `into`, which may be sharded."""
+    """Copy a full tensor into the weight `into`, perhaps sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(into, DTensor):
@@ -93,21 +92,21 @@ def zero3_partition(
     dtype: torch.dtype | None,
     unrounded: dict[nn.Parameter, torch.Tensor],
 ) -> None:
-    """Shard the weights of a module under ZeRO-3, in place and one weight after the other.
+    """Shard the weights of a module under ZeRO-3, in place and one after the other.
 
     Each weight is cast, moved to the device, and replaced by this process's shard. (DeepSpeed's own engine would first
-    move the whole module to the device.) Buffers are moved to the device but not sharded.
+    move the whole module.) Buffers are moved but not sharded.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Dtype to which weights are cast. If `None`, weights keep their dtype.
-        unrounded (`dict[nn.Parameter, torch.Tensor]`): Values of weights before they are cast. The function replaces
-            each value by this process's shard of the value.
+        dtype (`torch.dtype`, *optional*): Dtype to cast weights to. By default, they keep theirs.
+        unrounded (`dict[nn.Parameter, torch.Tensor]`): Values of weights before they are cast, which are replaced by
+            this process's shards.
     """
     import deepspeed  # takes seconds
 
     class OneByOne(nn.Module):
-        """Stand-in for `module` that passes one weight at a time to `zero.Init`. `zero.Init` shards each weight before
-        it gets the next weight."""
+        """Stand-in for `module` that passes one weight at a time to `zero.Init`, which shards each before it gets the
+        next."""
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():
@@ -121,15 +120,14 @@ def zero3_partition(
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
         config.pop(name, None)
-    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed requires a number, which has no effect here
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed requires a number, without effect here
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
 
 
 def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Wrap a frozen module in a ZeRO-3 engine that has no optimizer but otherwise the same configuration as the
-    policy's engine."""
+    """Wrap a frozen module in a ZeRO-3 engine with the policy's configuration, but no optimizer."""
     import deepspeed  # takes seconds
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -158,11 +156,10 @@ def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
 
 
 class Float32Shards:
-    """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and for which no optimizer has float32
+    """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and of which no optimizer has float32
     values.
 
-    References and averaged weights that are updated during training need these copies, because half precision would
-    lose the small updates.
+    For references and averaged weights that training updates: half precision would lose the small updates.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Full weights by name, before they are rounded.
@@ -190,7 +187,7 @@ class Float32Shards:
         return flat[: shape.numel()].view(shape)
 
     def set(self, name: str, value: torch.Tensor) -> None:
-        """Replace the copy of the weight `name` by a full tensor, which may be on any device."""
+        """Replace the copy of the weight `name` by a full tensor on any device."""
         shard = self._shards[name]
         shard.copy_(shard_of(value.to(shard.device).float(), len(shard)))
 
@@ -207,16 +204,14 @@ class Float32Shards:
 
 
 class DenoiserView(nn.Module):
-    """Stand-in for the denoiser in a pipeline that generates images during training, if an engine has wrapped the
-    denoiser.
+    """Stand-in for the denoiser, wrapped by an engine, in a pipeline that generates images during training.
 
-    Calls go to the engine's wrapped module, because only this module gathers sharded weights. All other attributes are
-    read from the plain denoiser.
+    Calls go to the wrapped module, which alone gathers sharded weights, and all other attributes to the plain denoiser.
     """
 
     def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
         super().__init__()
-        # The two modules are not registered as submodules, because `.to` and `state_dict` must not reach them.
+        # Not registered as submodules: `.to` and `state_dict` must not reach them.
         self.__dict__["_pair"] = (denoiser, engine_model)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
@@ -229,9 +224,7 @@ class DenoiserView(nn.Module):
 @contextlib.contextmanager
 def unwrapping_refused_pickles() -> Iterator[None]:
     """Within the context, raise the original `pickle.UnpicklingError` if a process refuses to read a sharded
-    checkpoint.
-
-    Without this context, torch would raise a `CheckpointException`, which `except Exception` does not catch.
+    checkpoint, not torch's `CheckpointException`, which `except Exception` does not catch.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Writes, finds and rotates the checkpoints in a run's output folder. A killed run leaves no incomplete checkpoint."""
+"""Writes, finds and rotates the checkpoints in a run's output folder. A killed run leaves no incomplete one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .setup import read_setup
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"  # this value of `resume_from_checkpoint` is from diffusers' scripts
+LATEST = "latest"  # value of `resume_from_checkpoint` from diffusers' scripts
 PARTIAL = "_partial"  # folder of unfinished checkpoints, whose underscore excludes it from uploads
 REPLACED = ".replaced"  # end of the name of an earlier checkpoint of the same step, until the new one is in its place
-# Patterns of the optimizer's files: of one process or DDP, of FSDP2 (full and sharded), and of DeepSpeed.
+# The optimizer's files: of one process or DDP, of FSDP2 (full and sharded), and of DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": None, LATEST: LATEST}
@@ -37,8 +37,8 @@ def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
     """Parse a value of `resume_from_checkpoint`. On a command line, `True`, `False` and `None` are strings.
 
     Returns:
-        `True`: resume from the newest checkpoint, which must exist. `"latest"`: resume from the newest checkpoint if
-        there is one. `None`: start anew. Otherwise the folder of the checkpoint to resume from.
+        `True`: resume from the newest checkpoint, which must exist. `"latest"`: the same, if there is one. `None`:
+        start anew. Otherwise the folder of the checkpoint to resume from.
     """
     if value is None or isinstance(value, bool):
         return value or None
@@ -46,13 +46,13 @@ def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step in the name of a checkpoint's folder, or `None` if the name is not `checkpoint-<step>`."""
+    """Return the step in the name of a checkpoint's folder, or `None` if it is not `checkpoint-<step>`."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_in(folder: Path) -> dict[Path, int]:
-    """Return the checkpoints in a folder and the step of each, sorted by step."""
+    """Return the checkpoints in a folder with their steps, sorted by step."""
     steps = {path: step_of(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
     return dict(sorted(((path, step) for path, step in steps.items() if step is not None), key=lambda item: item[1]))
 
@@ -63,7 +63,7 @@ class Checkpoints:
     def __init__(self, args: TrainingArguments):
         self._args = args
         self._processes = PartialState()
-        self._partial: Path | None = None  # temporary folder of the checkpoint that is being written
+        self._partial: Path | None = None  # temporary folder of the checkpoint being written
         self._last_bytes = 0  # size of the last checkpoint
 
     # ---- Writing --------------------------------------------------------------------------------------------------
@@ -71,14 +71,14 @@ class Checkpoints:
     @contextlib.contextmanager
     def writing(self, folder: Path, needed: int) -> Iterator[Path]:
         """Yield a temporary folder on the same disk, and rename it to `folder` when all processes have written their
-        files. `folder` does not exist or is a complete checkpoint, even if the run is killed.
+        files. Even if the run is killed, `folder` is missing or complete.
 
         Args:
-            folder (`Path`): Folder of the checkpoint. An earlier checkpoint of the same step is replaced.
-            needed (`int`): Number of bytes that the checkpoint takes at least.
+            folder (`Path`): Folder of the checkpoint. An earlier one of the same step is replaced.
+            needed (`int`): Bytes that the checkpoint takes at least.
 
         Raises:
-            `DiskFullError`: In all processes, before the checkpoint is written, if the disk has too little room.
+            `DiskFullError`: In all processes, before anything is written, if the disk has too little room.
         """
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
@@ -96,7 +96,7 @@ class Checkpoints:
             self._last_bytes = _finish(partial, folder)
         self._processes.wait_for_everyone()
         if self._processes.is_local_main_process and not self._args.should_save and partial.is_dir():
-            _finish(partial, folder)  # each machine has its own disk, so rename the folder on this one too
+            _finish(partial, folder)  # each machine has its own disk
             logger.warning(
                 "%s is not on a shared disk, so each machine has only the files of its own processes. To resume on all "
                 "machines, use an `output_dir` on a disk that the machines share, or set `save_on_each_node=True`.",
@@ -108,7 +108,7 @@ class Checkpoints:
         return folder == self._partial
 
     def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
-        """Delete the oldest checkpoints beyond `save_total_limit`, but never the best or the newest checkpoint."""
+        """Delete the oldest checkpoints beyond `save_total_limit`, but never the best or the newest."""
         if self._args.should_save:
             best = None if best is None else str(Path(output_dir) / Path(best).name)
             rotate_checkpoints(str(output_dir), self._args.save_total_limit, best)
@@ -123,8 +123,8 @@ class Checkpoints:
             output_dir (`str`): Folder in which to look for the newest checkpoint.
 
         Raises:
-            `ValueError`: If `value` is `True` and `output_dir` has no checkpoint, or if a file of the checkpoint is
-                missing. With `"latest"`, the run starts anew if there is no checkpoint.
+            `ValueError`: If `value` is `True` and `output_dir` has no checkpoint, or a file of the checkpoint is
+                missing. With `"latest"`, the run starts anew if there is none.
         """
         point = meaning(value)
         if point is None:
@@ -148,7 +148,7 @@ class Checkpoints:
         return folder
 
     def newest(self, output_dir: str | os.PathLike) -> str | None:
-        """Return the checkpoint with the highest step, or `None` if the folder contains no checkpoint."""
+        """Return the checkpoint with the highest step, or `None` if the folder has none."""
         newest = None
         if self._processes.is_main_process and os.path.isdir(output_dir):
             restore_replaced(Path(output_dir))
@@ -176,12 +176,12 @@ class Checkpoints:
 
 
 def holds_optimizer(folder: Path) -> bool:
-    """Return whether a checkpoint contains the optimizer's state."""
+    """Return whether a checkpoint has the optimizer's state."""
     return any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
 
 
 def restore_replaced(output_dir: Path) -> None:
-    """Undo the first rename of [`_finish`] if the process was killed before the second rename."""
+    """Undo the first rename of [`_finish`] if the process was killed before the second."""
     for replaced in (output_dir / PARTIAL).glob(f"*{REPLACED}"):
         folder = output_dir / replaced.name.removesuffix(REPLACED)
         if not folder.exists():
@@ -191,7 +191,7 @@ def restore_replaced(output_dir: Path) -> None:
 def _finish(partial: Path, folder: Path) -> int:
     """Flush a checkpoint's files to the disk, rename its temporary folder to `folder`, and return its size in bytes."""
     sync_files(partial)
-    if folder.exists():  # a folder cannot replace a folder that contains files, so move that one away
+    if folder.exists():  # no rename replaces a folder with files, so move that one away
         os.rename(folder, partial.with_name(f"{folder.name}{REPLACED}"))
     os.rename(partial, folder)
     sync_folder(folder.parent)

@@ -1,4 +1,4 @@
-"""Exports a run's LoRA to the file format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI and Forge read."""
+"""Exports a run's LoRA to the format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI and Forge read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # factors A `(r, in, ...)` and B `(
 
 
 def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) -> dict[str, torch.Tensor]:
-    """Write a run's LoRA into a file in the format of kohya's scripts.
+    """Write a run's LoRA into a file in kohya's format.
 
     Args:
         run (`str` or `Path`): Output folder of a run, or the folder of one of its checkpoints.
@@ -32,10 +32,10 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
         average (`bool`): Whether to export the averaged weights that a run with `ema_decay` saves.
 
     Returns:
-        `dict[str, torch.Tensor]`: The tensors that were written.
+        `dict[str, torch.Tensor]`: The written tensors.
 
     Raises:
-        `ValueError`: If `run` contains no LoRA, kohya's format cannot express the LoRA, or `output` exists already.
+        `ValueError`: If `run` has no LoRA, kohya's format cannot express it, or `output` exists already.
     """
     output = Path(output)
     if output.suffix != ".safetensors" or output.exists():
@@ -52,10 +52,10 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
 
 def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_class: str) -> dict[str, torch.Tensor]:
     """Convert a LoRA's tensors from PEFT's names to kohya's: `lora_unet_...` with `.lora_down.weight`,
-    `.lora_up.weight` and `.alpha`. Raise `ValueError` if kohya's format cannot express the LoRA.
+    `.lora_up.weight` and `.alpha`. Raise `ValueError` if kohya's format cannot express it.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): Tensors of the LoRA under their names in PEFT.
+        weights (`dict[str, torch.Tensor]`): Tensors of the LoRA by their names in PEFT.
         denoiser_class (`str`): Name of the denoiser's class in diffusers.
     """
     if config.use_dora:
@@ -70,7 +70,7 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
             "the LoRA into the base model instead."
         )
     weights, _ = folded(weights, config)
-    # Module of the original model -> position of a matrix in the module's stacked matrix -> factors of the LoRA.
+    # Module of the original model -> position in its stacked matrix -> factors of the LoRA.
     factors: dict[str, dict[int, Factors]] = defaultdict(dict)
     originals: dict[str, OriginalModule] = {}
     for module in ranks(weights):
@@ -96,9 +96,9 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
 
 
 def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
-    """Return one pair of LoRA factors for several matrices that the original model stacks into one, such as queries,
-    keys and values. Factor A has the shape `(sum r, in)`. Factor B has the shape `(sum out, sum r)` and is
-    block-diagonal. Rows of B that belong to a matrix without a LoRA are zero."""
+    """Return one pair of LoRA factors for matrices that the original model stacks into one, such as queries, keys and
+    values. Factor A has the shape `(sum r, in)`. Factor B has the shape `(sum out, sum r)` and is block-diagonal, with
+    zeros in the rows of a matrix without a LoRA."""
     if len(original.rows) == 1:
         return factors[0]
     rows = _row_counts(original, factors)
@@ -114,7 +114,7 @@ def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
 
 
 def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[int]:
-    """Return the number of rows of each matrix in a stacked matrix, computed from the matrices that have a LoRA."""
+    """Return the rows of each matrix in a stacked one, as the matrices that have a LoRA tell."""
     row_counts = {position: pair[1].shape[0] for position, pair in factors.items()}
     first, rows = next(iter(row_counts.items()))
     unit = original.rows[first]
@@ -134,10 +134,10 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
 
 
 def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """Return the tensors to export. Each module has two factors and an alpha equal to the rank, so its LoRA scale is 1.
+    """Return the tensors to export: each module's two factors, and an alpha equal to the rank, so that the scale is 1.
 
-    If the modules' ranks differ, all modules get the smallest rank as alpha, because diffusers ignores alphas that
-    differ between modules of a UNet's LoRA. Factor B is then multiplied by rank / alpha.
+    If ranks differ, all modules get the smallest rank as alpha, and factor B is multiplied by rank / alpha: diffusers
+    ignores alphas that differ between modules of a UNet's LoRA.
     """
     rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
     common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None

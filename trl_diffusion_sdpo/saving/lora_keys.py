@@ -1,7 +1,7 @@
-"""Translate module names of diffusers' denoisers into the names of the models' original code.
+"""Translate module names of diffusers' denoisers into those of the models' original code.
 
-Kohya's scripts, ComfyUI and related tools name the tensors of a LoRA `lora_unet_`, followed by the name of a module in
-the model's original code. For UNets, the module's name in diffusers follows instead.
+Kohya's scripts, ComfyUI and related tools name a LoRA's tensors `lora_unet_`, followed by the module's name in the
+original code, or for UNets in diffusers.
 
 Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts; the function
 `model_lora_keys_unet` in ComfyUI's `comfy/lora.py`; and the tables `*_to_diffusers` in `comfy/utils.py`.
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from ..utils.errors import UserError
 
-# The original code often has one matrix where diffusers has several, such as queries, keys and values. These tuples
-# have the relative numbers of rows of diffusers' matrices, or `None` if the numbers differ between checkpoints.
+# The original code often has one matrix where diffusers has several, such as queries, keys and values. These are the
+# relative numbers of rows of diffusers' matrices, or `None` if they differ between checkpoints.
 EQUAL_2 = (1, 1)
 EQUAL_3 = (1, 1, 1)
 QKV_MLP = (1, 1, 1, 4)
@@ -22,12 +22,12 @@ UNKNOWN_3 = (None, None, None)
 
 
 class OriginalModule(NamedTuple):
-    """The place of a diffusers module's matrix in the original code.
+    """Where a diffusers module's matrix is in the original code.
 
     Attributes:
-        module: Name of the module in the original code, with `{}` in place of the block number.
+        module: Name in the original code, with `{}` in place of the block number.
         position: Index of the diffusers module among those that the original code concatenates into `module`.
-        rows: Relative numbers of rows of these concatenated modules.
+        rows: Relative numbers of rows of these.
     """
 
     module: str
@@ -41,15 +41,15 @@ def fused(module: str, rows: tuple[int | None, ...], prefix: str, *names: str) -
 
 
 def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, OriginalModule]:
-    """Map diffusers modules to original modules that differ only in name. For each entry `ours: theirs` of `names`,
-    the diffusers module `{prefix}.{ours}` is the original module `{inside}.{theirs}`."""
+    """Map diffusers modules to original ones that differ only in name: for each entry `ours: theirs` of `names`,
+    `{prefix}.{ours}` in diffusers is `{inside}.{theirs}` in the original."""
     return {f"{prefix}.{ours}": OriginalModule(f"{inside}.{theirs}") for ours, theirs in names.items()}
 
 
 def per_block(
     blocks: tuple[str, ...], attention: str, rows: tuple[int | None, ...], names: Mapping[str, str]
 ) -> dict[str, OriginalModule]:
-    """Map the modules of several kinds of blocks to original modules. In each block, the original code concatenates
+    """Map the modules of several kinds of blocks to original ones. In each block, the original code concatenates
     queries, keys and values, and modules in `names` differ only in name."""
     return {
         name: original
@@ -93,7 +93,7 @@ STABLE_DIFFUSION_3 = {
     **fused("joint_blocks.{}.x_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),
     **fused("joint_blocks.{}.context_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_ADD),
     **fused("joint_blocks.{}.x_block.attn2.qkv", EQUAL_3, f"{_FLUX}.attn2", *_TO),
-    # `norm1_context` has no entry, because in the last block its two halves have another order.
+    # `norm1_context` has no entry: in the last block, its two halves have another order.
     **renamed(
         "joint_blocks.{}",
         _FLUX,
@@ -185,7 +185,7 @@ Z_IMAGE = per_block(_REFINED, "attention", EQUAL_3, _Z_IMAGE_NAMES)
 _LUMINA_FEED_FORWARD = {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
 LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.out", **_LUMINA_FEED_FORWARD})
 
-# Denoiser class -> table of its modules, or `None` if other tools use the module names of diffusers.
+# Denoiser class -> table of its modules, or `None` if other tools use diffusers' names.
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
@@ -208,7 +208,7 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
 
 def original_module(denoiser_class: str, module: str) -> OriginalModule:
     """Return the original module for a diffusers module, with its block number. Raise `ValueError` if
-    `ORIGINAL_MODULES` has no entry for the denoiser's class or the module."""
+    `ORIGINAL_MODULES` has none."""
     if denoiser_class not in ORIGINAL_MODULES:
         raise UserError(
             f"Only a LoRA of one of the denoisers {', '.join(sorted(ORIGINAL_MODULES))} can be exported for other "

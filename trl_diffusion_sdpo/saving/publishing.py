@@ -1,4 +1,4 @@
-"""Uploads the output folder of a run to the Hub, during and after training."""
+"""Uploads a run's output folder to the Hub, during and after training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .setup import ARGS_FILE, output_folder
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Patterns of files that are not uploaded: pickles, logs, and all arguments of the run, which name local folders.
+# Not uploaded: pickles, logs, and all arguments of the run, which name local folders.
 NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE)
 
 
 class PublishingError(OSError, UserError):
-    """Raised if a repository cannot be created or a folder cannot be uploaded. The message says why."""
+    """A repository cannot be created or a folder cannot be uploaded. The message says why."""
 
 
 class Publisher:
@@ -35,7 +35,7 @@ class Publisher:
 
     Args:
         args (`TrainingArguments`): Settings that name the output folder and the repository.
-        ignore (`Sequence[str]`): Patterns of files that are not uploaded, besides [`NOT_UPLOADED`].
+        ignore (`Sequence[str]`): Patterns of files not to upload, besides [`NOT_UPLOADED`].
     """
 
     def __init__(self, args: TrainingArguments, ignore: Sequence[str] = ()):
@@ -43,7 +43,7 @@ class Publisher:
         self._ignore = [*NOT_UPLOADED, *ignore]
         self._api = HfApi()
         self._jobs: list[Future] = []  # uploads in progress
-        self.repository: str | None = None  # id of the repository, or `None` before `create_repository`
+        self.repository: str | None = None  # its id after `create_repository`
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
         """Create the repository for the run unless it exists, and return its id, `owner/name`. Call it in all
@@ -86,7 +86,7 @@ class Publisher:
             message (`str`, *optional*): Message of the commit.
             token, revision (`str`, *optional*): Token and revision for the Hub. Defaults: `hub_token`, `hub_revision`.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
-                If false, return a `Future` of this result at once, and log an error if the upload fails.
+                Otherwise, return its `Future` at once, and log an error if the upload fails.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -149,7 +149,7 @@ class Publisher:
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 
     def _upload_later(self, **arguments: Any) -> Future:
-        """Upload in a thread. If the upload fails, the thread logs the error, and the `Future` raises it."""
+        """Upload in a thread. An error is logged by the thread, and raised by the `Future`."""
         advice = self._advice()  # now, because `output_dir` is another folder while a checkpoint is being written
 
         def upload() -> Any:
@@ -171,10 +171,10 @@ class Publisher:
 
 @contextlib.contextmanager
 def explained_hub_errors(what: str) -> Iterator[None]:
-    """Turn an error of the Hub or its client into a `PublishingError` whose message is one line without secrets.
+    """Turn an error of the Hub or its client into a `PublishingError` with one line without secrets.
 
     Args:
-        what (`str`): Name of the action in the message, such as "Uploading to owner/name".
+        what (`str`): The action, for the message, such as "Uploading to owner/name".
     """
     try:
         yield

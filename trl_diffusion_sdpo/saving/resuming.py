@@ -24,11 +24,11 @@ from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
 
-# Entries of the set-up file that must be equal. Otherwise the checkpoint's weights would not fit the model, or would
-# change it in another way, such as a LoRA on another base model.
+# Entries of the set-up file that must be equal. Otherwise the checkpoint's weights would not fit the model, or change
+# it in another way, such as a LoRA on another base.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-# Settings that may differ without a warning, because paths, logging, the Hub and data loader workers do not change the
-# trained weights. Data are compared by their fingerprints, models by `weights_before_training` and `pipeline`.
+# Settings that may differ without a warning: paths, logging, the Hub and data loader workers do not change the trained
+# weights. Data are compared by their fingerprints, models by `weights_before_training` and `pipeline`.
 NOT_COMPARED = (
     "output_dir",
     "logging_dir",
@@ -65,14 +65,14 @@ NOT_COMPARED = (
     "base_model",
     "adapter_name_or_path",
 )
-# Facts about training data that may differ without a change of the position in them: images under the same prompts, and
-# another commit of the same files.
+# Facts about training data that may differ without a change of the position: images under the same prompts, and another
+# commit of the same files.
 SAME_POSITION = ("images", "commits")
-# A run may switch between these two optimizers when it resumes, because each can load the other's state.
+# A run may switch between these when it resumes: each loads the other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-# Learning rate schedules that need their saved state, because the rate does not depend on the step alone.
+# Learning rate schedules that need their saved state: the rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
-# Settings in the parameter groups of an optimizer. Other entries of the groups may be state and are not overwritten.
+# Settings in an optimizer's parameter groups. Other entries may be state and are not overwritten.
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
 
 
@@ -92,13 +92,12 @@ def stored_settings(checkpoint: Path) -> dict[str, Any]:
 def check_resumable(
     checkpoint: Path, setup: dict[str, Any], stored_args: dict[str, Any], args: TrainingArguments
 ) -> None:
-    """Compare a checkpoint with the run that resumes from it, before the checkpoint is loaded. Log the settings that
-    differ.
+    """Compare a checkpoint with the run that resumes from it, before it is loaded. Log the settings that differ.
 
     Args:
         checkpoint (`Path`): Folder of the checkpoint.
         setup (`dict[str, Any]`): Model, engine, data and settings of this run, as in the set-up file.
-        stored_args (`dict[str, Any]`): Arguments of the run that wrote the checkpoint, see [`stored_settings`].
+        stored_args (`dict[str, Any]`): Arguments of the run that wrote the checkpoint, from [`stored_settings`].
         args (`TrainingArguments`): Arguments of this run.
 
     Raises:
@@ -155,7 +154,7 @@ def _why_not(name: str, before: Any, now: Any, has_state: bool) -> str:
 
 def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
     """Compare the fingerprints of the training data in the checkpoint and in this run. Raise `ValueError` if the
-    position in the checkpoint's data means nothing in these, unless the run reads its data from the start."""
+    checkpoint's position means nothing in this run's data, unless it reads them from the start."""
     before, now = _known_to_both(before, now)
     found = differences(before, now)
     same_rows = {name: value for name, value in before.items() if name not in SAME_POSITION}
@@ -198,7 +197,7 @@ def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None
 
 
 def _known_to_both(before: Any, now: Any) -> tuple[Any, Any]:
-    """Return two descriptions without the entries that one of them lacks or has as `None`. A checkpoint of an earlier
+    """Return two descriptions without entries that one of them lacks or has as `None`: a checkpoint of an earlier
     version does not know them all, and weights that are not loaded have no hash."""
     if before is None or now is None:
         return {}, {}
@@ -211,9 +210,9 @@ def _known_to_both(before: Any, now: Any) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def keeping_optimizer_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
-    """Return a context in which the caller loads a checkpoint's optimizer and learning rate schedule. When the context
-    ends, optimizer settings of this run, such as learning rate and betas, replace those of the checkpoint. The schedule
-    stays at the checkpoint's step.
+    """Return a context in which the caller loads a checkpoint's optimizer and learning rate schedule. When it ends,
+    this run's optimizer settings, such as learning rate and betas, replace the checkpoint's. The schedule stays at the
+    checkpoint's step.
 
     The learning rate is replaced only where the schedule computes it from the step alone, as all of transformers do
     except [`SCHEDULES_WITH_STATE`], which continue with the checkpoint's rate.

@@ -1,5 +1,5 @@
-"""Writes and reads the files of a run: the set-up file, the weights of the policy, their average and the reference, and
-the states of the optimizer and the winner budget."""
+"""Writes and reads a run's files: the set-up file, the weights of the policy, their average and the reference, and the
+states of the optimizer and the winner budget."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .setup import ARGS_FILE, SETUP_FILE, fingerprint, output_folder, read_setup
 from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
 
-IDENTITY = (SETUP_FILE, "model_index.json")  # without these files, nobody takes a folder for a run or a pipeline
+IDENTITY = (SETUP_FILE, "model_index.json")  # without them, nobody takes a folder for a run or a pipeline
 WEIGHTS = "weights"  # entry of the set-up file: fingerprint of the weights beside it
 
 
 class RunFiles:
     """Writes a run's results and checkpoints, and reads checkpoints. Call each method in all processes.
 
-    The results in the output folder are the weights, their average over training, the set-up file and the arguments. A
-    checkpoint contains the weights and every state that changes during training.
+    Results are the weights, their average over training, the set-up file and the arguments, in the output folder. A
+    checkpoint has the weights and every state that changes during training.
 
     Args:
         weights ([`WeightFiles`]): Files of the policy's weights.
-        weight_copies (`Sequence[WeightCopy]`): The reference, and the averaged weights if the run has them.
-        average ([`EMAWeights`], *optional*): The averaged weights, if the run has them.
-        winner_budget ([`WinnerBudget`], *optional*): The winner budget, if the run has one.
-        full_pipeline (`bool`): For full tuning, whether to save the whole pipeline and not only the denoiser.
+        weight_copies (`Sequence[WeightCopy]`): The reference and, if the run has them, the averaged weights.
+        average ([`EMAWeights`], *optional*): The averaged weights, if any.
+        winner_budget ([`WinnerBudget`], *optional*): The winner budget, if any.
+        full_pipeline (`bool`): For full tuning, whether to save the whole pipeline, not only the denoiser.
         unpublished (`dict[str, Any]`): Further entries for `training_args.json`, which is never uploaded.
     """
 
@@ -72,14 +72,14 @@ class RunFiles:
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, setup: dict[str, Any]) -> None:
-        """Write a checkpoint into `folder` if [`RunFiles.writing_checkpoint`] yielded this folder. Otherwise write the
-        run's results into `folder`, whose earlier results stay whole if that fails.
+        """Write a checkpoint into `folder` if [`RunFiles.writing_checkpoint`] yielded it, otherwise the run's results.
+        If that fails, earlier results stay whole.
 
         Args:
             setup (`dict[str, Any]`): Content of the set-up file.
 
         Raises:
-            `FloatingPointError`: In all processes, if a weight is not finite. In this case, no file is written.
+            `FloatingPointError`: In all processes, before any file is written, if a weight is not finite.
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)
@@ -142,13 +142,13 @@ class RunFiles:
         return self._engine.gather(self._weights.tensors(), keep=keep)
 
     def _write_args(self, folder: Path) -> None:
-        """Write the arguments as JSON without access tokens. transformers would write a pickle with tokens."""
+        """Write the arguments as JSON without access tokens, where transformers would write a pickle with tokens."""
         content = {**json.loads(self._args.to_json_string()), **self._unpublished}
         (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def writing_checkpoint(self, folder: Path) -> Iterator[Path]:
-        """Yield a temporary folder for a checkpoint's files, and rename it to `folder` at the end of the context. See
+        """Yield a temporary folder for a checkpoint's files, which becomes `folder` at the end of the context; see
         [`Checkpoints.writing`]."""
         with self.checkpoints.writing(folder, self._weights.bytes_needed) as partial:
             yield partial
@@ -158,7 +158,7 @@ class RunFiles:
     def save_sharded_optimizer(
         self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
     ) -> None:
-        """Write the state of an optimizer that is sharded over processes, and of the learning rate schedule."""
+        """Write the states of an optimizer that is sharded over processes, and of the schedule."""
         self._engine.save_state(model, optimizer, folder)
         if self._args.should_save:
             torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
@@ -170,11 +170,11 @@ class RunFiles:
 
         Args:
             value: `resume_from_checkpoint` of [`~transformers.Trainer.train`], or `"latest"`.
-            setup (`Callable`): Function that returns the content of this run's set-up file.
+            setup (`Callable`): Returns the content of this run's set-up file.
 
         Raises:
             `ValueError`: If the checkpoint does not exist, is incomplete or damaged, does not fit this run, has no
-                optimizer state, or contains pickles that could run code.
+                optimizer state, or has pickles that could run code.
         """
         point = self.checkpoints.resume_point(value, str(output_folder(self._args)))
         if point is None:
@@ -191,8 +191,8 @@ class RunFiles:
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
-        """Return a context in which the caller loads a checkpoint's optimizer and schedule. The context refuses pickles
-        that could run code. At the end of the context, optimizer settings of this run replace the checkpoint's."""
+        """Return a context in which the caller loads a checkpoint's optimizer and schedule. It refuses pickles that
+        could run code. At its end, this run's optimizer settings replace the checkpoint's."""
         with keeping_optimizer_settings(optimizer, scheduler), self.reading():
             yield
 
@@ -227,7 +227,7 @@ class RunFiles:
         self._engine.scatter(weights, self._weights.tensors())
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that refuses to load pickles that could run code; see [`~.unpickling.tensors_only`]."""
+        """Return a context that refuses pickles that could run code; see [`~.unpickling.tensors_only`]."""
         return tensors_only(self._engine.pickled_types)
 
 

@@ -20,10 +20,10 @@ from .checkpoints import checkpoints_in, restore_replaced, step_of
 from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
-LOCK_FILE = "_run.lock"  # the underscore excludes the file from uploads
+LOCK_FILE = "_run.lock"  # the underscore excludes it from uploads
 LOCK_SECONDS = 10.0  # seconds to wait: data loader workers of a killed run hold its lock for some
-# Patterns of the files that `save_model` writes, besides folders of the pipeline's components. The patterns are narrow,
-# so that a user's own files in the folder are never deleted.
+# What `save_model` writes, besides folders of the pipeline's components. The patterns are narrow, so that a user's own
+# files in the folder are never deleted.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
 RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE)
 
@@ -32,8 +32,8 @@ class RunFolder:
     """The output folder of a run, and its lock.
 
     Args:
-        components (`Sequence[str]`): Names of the pipeline's components, which are also the names of their folders.
-        reports (`Sequence[str]`): Patterns of the files that training writes besides checkpoints and weights.
+        components (`Sequence[str]`): Names of the pipeline's components and their folders.
+        reports (`Sequence[str]`): Patterns of what training writes besides checkpoints and weights.
     """
 
     def __init__(self, args: TrainingArguments, components: Sequence[str], reports: Sequence[str]):
@@ -51,7 +51,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:
-        """Lock the folder against other runs within the context. Contexts can be nested. The first process locks.
+        """Lock the folder against other runs within the context, which can be nested. The first process locks.
 
         Args:
             all_processes (`bool`): Whether all processes of the run enter the context together, and so all raise if
@@ -79,7 +79,7 @@ class RunFolder:
             overwrite (`bool`): Whether to delete them instead.
 
         Raises:
-            `ValueError`: If the folder contains such checkpoints or weights and `overwrite` is false.
+            `ValueError`: If there are such checkpoints or weights and `overwrite` is false.
         """
         with failing_together(UserError):
             if self._processes.is_main_process:
@@ -123,13 +123,13 @@ class RunFolder:
 
 
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
-    """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in that folder.
+    """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in it.
 
-    Otherwise saving would overwrite the files from which the run starts, or `overwrite_output_dir` would delete them.
+    Otherwise saving would overwrite what the run starts from, or `overwrite_output_dir` would delete it.
 
     Args:
-        names (`Iterable`): Folders, files or Hub ids of the model, the LoRA and the reference from which the run
-            starts. Other objects and `None` are ignored.
+        names (`Iterable`): Folders, files or Hub ids of the model, the LoRA and the reference. Other objects and `None`
+            are ignored.
     """
     folder = Path(output_dir).resolve()
     for name in names:

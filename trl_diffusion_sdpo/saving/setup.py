@@ -1,5 +1,4 @@
-"""Reads and writes the set-up file, which is saved with a run's weights and records the run's model, engine, data and
-settings."""
+"""Reads and writes the set-up file beside a run's weights, which records the run's model, engine, data and settings."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 from ..utils.files import json_object, write_atomically
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
-ARGS_FILE = "training_args.json"  # all arguments of a run; never uploaded, because the file names local folders
+ARGS_FILE = "training_args.json"  # all arguments of a run; never uploaded, because they name local folders
 
 
 def output_folder(args: TrainingArguments) -> Path:
@@ -24,7 +23,7 @@ def output_folder(args: TrainingArguments) -> Path:
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a short hash of each tensor's name, shape and about 16 values. The hash is the same on all machines."""
+    """Return a short hash of each tensor's name, shape and about 16 values, the same on all machines."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].detach().flatten()
@@ -39,7 +38,7 @@ def write_setup(folder: Path, setup: dict[str, Any]) -> None:
 
 
 def read_setup(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's set-up file, or `{}` if the file is missing or is not a JSON object."""
+    """Return the content of a folder's set-up file, or `{}` if it is missing or is not a JSON object."""
     try:
         return json_object((folder / SETUP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

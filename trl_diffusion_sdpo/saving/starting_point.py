@@ -1,5 +1,5 @@
-"""Finds the pipeline, the denoiser and the LoRA from which a run starts. If a user passes the output folder of an
-earlier run as the model, this folder determines all three."""
+"""Finds the pipeline, the denoiser and the LoRA from which a run starts. The output folder of an earlier run, passed as
+the model, determines all three."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ from .weights import PEFT_CONFIG_FILE, PEFT_FILE, check_fits, ranks, read_lora, 
 
 logger = logging.getLogger(__name__)
 
-# Key of the result of `recorded_base` in `training_args.json` and, if the result names no local folder, also in the
-# set-up file.
+# Key of `recorded_base` in `training_args.json` and, if it names no local folder, also in the set-up file.
 BASE = "base_model"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
 _OPTIONS = ("revision", "variant", "config")  # arguments of `from_pretrained` that change which weights are loaded
-_DEFAULTS = {"revision": (None, "main")}  # default values; a recorded value takes precedence
+_DEFAULTS = {"revision": (None, "main")}  # a recorded value takes precedence over these
 _OF_TEXT = ("text_encoder", "lora_te")
 
 
@@ -58,15 +57,15 @@ class StartingPoint:
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the arguments with which to load the pipeline. Arguments in `options`, which the user passed, replace
-        those that an earlier run recorded, except arguments with a default value."""
+        """Return the arguments with which to load the pipeline. Those in `options`, which the user passed, replace
+        those that an earlier run recorded, except default values."""
         chosen = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **chosen}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Record of the model from which a run started."""
+    """Model from which a run started."""
 
     name_or_path: str | None  # Hub id, folder or file of the pipeline; `None` for a pipeline object
     base: dict[str, Any] | None  # result of `recorded_base`
@@ -84,8 +83,8 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
         adapter (`str` or `os.PathLike`, *optional*): A LoRA to train further.
 
     Raises:
-        `ValueError`: If the earlier run did not record its pipeline, if that pipeline's folder no longer exists, or if
-            both arguments name a LoRA.
+        `ValueError`: If the earlier run did not record its pipeline, that pipeline's folder no longer exists, or both
+            arguments name a LoRA.
     """
     folder = Path(name_or_path)
     run = run_of(folder)
@@ -108,8 +107,8 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
 def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:
-    """Describe, for the run's files, the model from which a run starts. Paths are absolute. Return `None` if the user
-    passed a pipeline object, or an address with a secret."""
+    """Describe, for the run's files, the model from which a run starts. Paths are absolute. `None` for a pipeline
+    object or an address with a secret."""
     if name_or_path is None or without_secrets(name_or_path) != name_or_path:
         return None
     recorded = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
@@ -120,7 +119,7 @@ def recorded_base(
 
 
 def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the result of [`recorded_base`], or `None` if the result contains a path of this machine."""
+    """Return the result of [`recorded_base`], or `None` if it has a path of this machine."""
     if base is None:
         return None
     names = [base["pipeline"], base["denoiser"], *base["options"].values()]
@@ -132,16 +131,15 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
 
     Args:
         source (`str`): Folder in PEFT's or diffusers' format, a `.safetensors` file that the pipeline's
-            `load_lora_weights` reads, or a Hub id. If a folder contains both formats, PEFT's is read, because it
-            contains exactly the trained weights.
-        seed (`int`): Seed of the LoRA's random initialization, before the trained weights replace it.
+            `load_lora_weights` reads, or a Hub id. Of a folder with both formats, PEFT's is read, which has exactly the
+            trained weights.
+        seed (`int`): Seed of the LoRA's random initialization, which the trained weights replace.
 
     Returns:
         `str`: Name of the adapter in the denoiser.
 
     Raises:
-        `ValueError`: If `source` contains no LoRA, if the LoRA does not fit the denoiser, or if the denoiser already
-            has an adapter.
+        `ValueError`: If `source` has no LoRA, the LoRA does not fit, or the denoiser already has an adapter.
     """
     denoiser = getattr(pipeline, denoiser_name)
     if active_adapter(denoiser) is not None:
@@ -184,10 +182,10 @@ def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
     """Return an earlier run's record of the model from which it started.
 
     Args:
-        needs_denoiser (`bool`): Whether the recorded folder of the denoiser must also still exist.
+        needs_denoiser (`bool`): Whether the recorded folder of the denoiser must still exist too.
 
     Raises:
-        `ValueError`: If the run did not record this model, or if a recorded folder no longer exists.
+        `ValueError`: If the run recorded no model, or a recorded folder no longer exists.
     """
     base = stored_settings(run).get(BASE) or read_setup(run).get(BASE)
     base = _checked(base) if isinstance(base, dict) else None
@@ -208,7 +206,7 @@ def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
 def _checked(base: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a record of [`recorded_base`] that was read from a file, or `None` if it cannot be one.
 
-    The file may come from a stranger, so other options of `from_pretrained` than those that a run records are dropped.
+    The file may come from a stranger: options of `from_pretrained` that no run records are dropped.
     """
     pipeline = base.get("pipeline")
     denoiser = base.get("denoiser")
@@ -220,7 +218,7 @@ def _checked(base: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def run_of(folder: Path) -> Path:
-    """Return the folder that contains a run's set-up file: for the subfolder of averaged weights, the parent folder."""
+    """Return the folder with a run's set-up file: for the subfolder of averaged weights, the parent."""
     return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
 
 
@@ -248,7 +246,7 @@ def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
         raise UserError(_no_lora(file))
     config, weights = read_lora(folder)
     if isinstance(config, LoraConfig):
-        config.init_lora_weights = True  # the trained weights replace this initialization below
+        config.init_lora_weights = True  # the trained weights replace it below
         config.inference_mode = False
     name = add_lora(denoiser, config, (), seed)
     check_fits(shapes_of(adapter_state(denoiser, name)), shapes_of(weights), file)
@@ -300,8 +298,8 @@ def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
 
 
 def _described_modules(denoiser: nn.Module, settings: Mapping[str, Any]) -> set[str]:
-    """Return the names of the denoiser's layers that a LoRA with these settings has, or an empty set if the settings
-    choose layers by more than `target_modules`."""
+    """Return the names of the denoiser's layers that a LoRA with these settings has, or an empty set if more than
+    `target_modules` chooses them."""
     targets = settings.get("target_modules")
     others = ("exclude_modules", "layers_to_transform", "target_parameters")
     if not isinstance(targets, list) or any(settings.get(name) for name in others):
@@ -321,7 +319,7 @@ def _no_lora(file: Path) -> str:
 
 
 def _download_if_remote(source: str) -> Path:
-    """Return the local folder or file of a LoRA. If `source` is a Hub id, download the LoRA first."""
+    """Return the local folder or file of a LoRA, downloaded first if `source` is a Hub id."""
     if os.path.exists(source):
         return Path(source)
     try:

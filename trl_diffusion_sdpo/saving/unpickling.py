@@ -1,4 +1,4 @@
-"""Refuses to load pickles from a checkpoint if they could run code."""
+"""Refuses to load a checkpoint's pickles if they could run code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
     """Make every `torch.load` within the context, also in other libraries, refuse pickles that could run code.
 
     Args:
-        allowed (`Sequence[type]`): Classes whose objects pickles may contain, because the engine saves such objects.
+        allowed (`Sequence[type]`): Classes whose objects pickles may contain, because the engine saves some.
 
     Raises:
         `ValueError`: If a pickle could run code, or a file is damaged.
@@ -63,7 +63,7 @@ def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
             with unwrapping_refused_pickles():
                 yield
         except pickle.UnpicklingError as error:
-            # Do not show torch's message, which advises the user to load without a check.
+            # Without torch's message, which advises to load without a check.
             asked = re.search(r"GLOBAL (\S+)", str(error))
             raise UserError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
         except (SafetensorError, EOFError, FileNotFoundError) as error:
@@ -86,7 +86,7 @@ def _forced_weights_only() -> Iterator[None]:
 
 
 def refuse_code_in_metadata(folder: Path) -> None:
-    """Raise `ValueError` if FSDP2's metadata could run code. torch itself unpickles metadata without a check."""
+    """Raise `ValueError` if FSDP2's metadata could run code. torch itself unpickles it without a check."""
     for file in sorted(folder.glob(DISTRIBUTED_METADATA)):
         try:
             with open(file, "rb") as stream:
@@ -96,7 +96,7 @@ def refuse_code_in_metadata(folder: Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickler that refuses all classes except those that FSDP2's metadata can contain."""
+    """Refuses all classes except those that FSDP2's metadata can contain."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

@@ -56,15 +56,14 @@ class WeightFiles:
         tensors = self.tensors()
         self.shapes = shapes_of(tensors)
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
-        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # smallest size of the files
+        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # at least
 
     @property
     def _denoiser(self) -> ModelMixin:
         return self._pipeline.components[self._denoiser_name]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the LoRA's parameters or, for full tuning, the denoiser's parameters and buffers. Nothing is
-        copied."""
+        """Return the LoRA's parameters or, for full tuning, the denoiser's parameters and buffers, not copied."""
         if self._adapter is None:
             return self._denoiser.state_dict(keep_vars=True)
         return adapter_state(self._denoiser, self._adapter)
@@ -89,14 +88,14 @@ class WeightFiles:
     def save(
         self, folder: Path, weights: dict[str, torch.Tensor] | None = None, *, full_pipeline: bool = False
     ) -> None:
-        """Write the LoRA in the formats of diffusers and PEFT. For full tuning, write the denoiser into a subfolder
-        with the denoiser's name.
+        """Write the LoRA in the formats of diffusers and PEFT or, for full tuning, the denoiser into a subfolder with
+        its name.
 
         Args:
-            folder (`Path`): Folder to write into. If it does not exist, it is created.
-            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write, under the names that
-                [`WeightFiles.tensors`] returns. By default, the model's current tensors.
-            full_pipeline (`bool`): For full tuning, whether to write the whole pipeline and not only the denoiser.
+            folder (`Path`): Folder to write into, created if missing.
+            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write, under the names of
+                [`WeightFiles.tensors`]. By default, the model's current ones.
+            full_pipeline (`bool`): For full tuning, whether to write the whole pipeline, not only the denoiser.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapter is not None:
@@ -137,7 +136,7 @@ class WeightFiles:
 
 
 def _with_weights(denoiser: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMixin:
-    """Return a second denoiser of the same architecture with these weights. The tensors are not copied."""
+    """Return a second denoiser of the same architecture with these weights, not copied."""
     with init_empty_weights():
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
@@ -154,8 +153,8 @@ def save_adapter(
     """Write a LoRA in two formats: a file for [`~peft.PeftModel.from_pretrained`], and a file for
     `pipeline.load_lora_weights` if the pipeline has this method.
 
-    PEFT's file contains the weights as they were trained, and the LoRA's scale is in PEFT's configuration. In
-    diffusers' file, the scale is already in the weights, because some tools read neither diffusers' metadata nor PEFT's
+    PEFT's file has the weights as they were trained, and the LoRA's scale is in PEFT's configuration. In diffusers'
+    file, the scale is already in the weights, because some tools read neither diffusers' metadata nor PEFT's
     configuration. Both files use PEFT's names of tensors: diffusers' conversion to older names loses all layers except
     attention.
     """
@@ -177,7 +176,7 @@ def save_adapter(
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if the weights' shapes differ from `shapes`."""
+    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if their shapes differ from `shapes`."""
     file = folder / PEFT_FILE
     if not file.is_file():
         raise UserError(
@@ -236,7 +235,7 @@ def _tensors_of(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _remove_local_paths(configs: Iterable[Path]) -> None:
-    """Delete `_name_or_path` from saved configurations if it is a local path. Local paths may be private."""
+    """Delete `_name_or_path` from saved configurations if it is a local path, which may be private."""
     for file in configs:
         if not file.is_file():
             continue
@@ -256,27 +255,27 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the LoRA's rank in each module. The keys of `weights` are the names of tensors in PEFT."""
+    """Return the LoRA's rank in each module. The keys of `weights` are PEFT's names of tensors."""
     first = {split_key(key)[0]: value for key, value in weights.items() if factor_of(key) in LORA_A}
     return {module: value.shape[0] for module, value in first.items()}
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor by which PEFT multiplies the LoRA of a module. An alpha for this module in `alpha_pattern`
-    takes precedence over `lora_alpha`."""
+    """Return the factor by which PEFT multiplies a module's LoRA. Its alpha in `alpha_pattern` takes precedence over
+    `lora_alpha`."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
 
 def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """Multiply the scale of each module's LoRA into its factor B.
+    """Multiply each module's scale into factor B of its LoRA.
 
-    The product is exact if the scale is a power of two, as with `r=16, lora_alpha=32`. Otherwise each value of factor B
-    is rounded once.
+    The product is exact if the scale is a power of two, as with `r=16, lora_alpha=32`. Otherwise each value is rounded
+    once.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): Name of a tensor in PEFT -> tensor.
-        config ([`~peft.LoraConfig`]): Configuration of the LoRA, which determines the scales.
+        weights (`Mapping[str, torch.Tensor]`): PEFT's name of a tensor -> tensor.
+        config ([`~peft.LoraConfig`]): Configuration of the LoRA, with the scales.
 
     Returns:
         `tuple`: New weights, and a configuration in which every alpha equals the rank, so that PEFT applies scale 1.

@@ -1,1 +1,1 @@
-"""Small helper functions that several subpackages use."""
+"""Small helpers that several subpackages use."""

@@ -1,5 +1,5 @@
-"""All private names of other libraries that this package uses, with the reasons. A private name can be removed when its
-library offers a public one, unless the comment on the private name says otherwise."""
+"""All private names of other libraries that this package uses, and why. One can go when its library offers a public
+name, unless its comment says otherwise."""
 
 import contextlib
 import dataclasses
@@ -12,18 +12,18 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 
-# `LoraBaseMixin` is the base class of all pipelines with `load_lora_weights` and `save_lora_weights`.
-# `LORA_ADAPTER_METADATA_KEY` is the key of a LoRA's settings in the metadata of its file.
+# `LoraBaseMixin`: base class of all pipelines with `load_lora_weights` and `save_lora_weights`.
+# `LORA_ADAPTER_METADATA_KEY`: key of a LoRA's settings in the metadata of its file.
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
-# Used to load checkpoints that are a single file.
+# Load checkpoints that are a single file.
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 
 # Knows the attention back end that diffusers uses for models whose back end is not set.
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-# A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub.
-# `HTTPError` is the common base class of both errors.
+# A lost connection to the Hub raises an error of httpx or httpx2, by the version of huggingface_hub. `HTTPError` is
+# their common base class.
 from huggingface_hub.errors import HTTPError as HubConnectionError
 
 # Finds a repository's folder in the local cache. `scan_cache_dir`, which is public, reads the whole cache.
@@ -34,16 +34,15 @@ from packaging.version import Version
 from peft.utils.other import get_pattern_key as pattern_key
 from PIL import Image
 
-# Tensors without data, and a hook that sees every operation on them. `plan` computes a run's memory with both. There is
-# nothing public for either.
+# Tensors without data, and a hook that sees every operation on them, with which `plan` computes a run's memory. There
+# is nothing public for either.
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
-# Callbacks of the trackers that accept images. The callbacks' names are public, but are imported here because
-# `transformers.integrations` also contains DeepSpeed and FSDP, and only the package `engines` may import DeepSpeed and
-# FSDP.
+# Callbacks of the trackers that accept images. Their names are public, but `transformers.integrations` also contains
+# DeepSpeed and FSDP, and only the package `engines` may import those.
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 # Lets `torch.load(weights_only=True)` read numpy's random states in a checkpoint.
@@ -51,7 +50,7 @@ from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 
 from .errors import UserError
 
-# transformers 5.23 renamed these arguments. Remove the old names when no supported transformers has them.
+# transformers 5.23 renamed these arguments. The old names can go when no supported transformers has them.
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
@@ -76,8 +75,7 @@ __all__ = [  # re-exported
 TRANSFORMERS = ">=5.14.1,<5.25"
 
 # Private methods and attributes of transformers' Trainer that `DiffusionSDPOTrainer` overrides or uses, and what for.
-# transformers has no public hook for any of them. If transformers renamed a method, an override of it would never be
-# called, and nothing would say so.
+# There are no public hooks for them. If transformers renamed a method, its override would silently never be called.
 TRAINER_NAMES = {
     # Overridden:
     "_finalize_training": "evaluates and checks weights after the last step, before the best weights are loaded",
@@ -99,7 +97,7 @@ TRAINER_NAMES = {
 
 
 class UnsupportedVersionError(ImportError, UserError):
-    """Error for a library whose installed version lacks what this package needs."""
+    """An installed library lacks what this package needs."""
 
 
 def check_trainer(trainer: type) -> None:
@@ -115,16 +113,16 @@ def check_trainer(trainer: type) -> None:
 
 
 # Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
-# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. Changing `requires_grad` is slow in
-# models with hundreds of layers. It also misleads FSDP2, which reads `requires_grad` only in the first forward pass, to
-# choose the precision of gradients.
+# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight, which is slow in models with hundreds
+# of layers and misleads FSDP2: it reads `requires_grad` only in the first forward pass, to choose the precision of
+# gradients.
 ADAPTERS_OFF = "_disable_adapters"
 ACTIVE_ADAPTER = "_active_adapter"
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
-    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads them from the
-    outermost module only."""
+    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads only the
+    outermost module's."""
     return list(denoiser._no_split_modules or ())
 
 
@@ -144,8 +142,8 @@ def repeated_blocks(denoiser: ModelMixin) -> list[str]:
 
 
 def attention_backends(denoiser: torch.nn.Module) -> list[str]:
-    """Return the names of the attention back ends that a denoiser uses, usually one. The list is empty for older
-    models, whose attention calls PyTorch directly."""
+    """Return the names of the attention back ends that a denoiser uses, usually one, or none for older models, whose
+    attention calls PyTorch directly."""
     active, _ = _AttentionBackendRegistry.get_active_backend()
     processors: list[Any] = [vars(module).get("processor") for module in denoiser.modules()]
     chosen = {each._attention_backend for each in processors if "_attention_backend" in dir(each)}
@@ -164,17 +162,17 @@ def longcat_prompt_embeds(pipeline: DiffusionPipeline, parts: Any, *inputs: Any)
 
 
 def resized_to_area(processor: Any, image: Image.Image, area: int) -> Image.Image:
-    """Return an image resized to about `area` pixels, as FLUX.2's pipelines resize source images in their call."""
+    """Return an image resized to about `area` pixels, as FLUX.2's pipelines do with source images in their call."""
     return processor._resize_to_target_area(image, area)
 
 
 def dictionary_settings(*names: str) -> list[str]:
-    """Return the settings that may be written as JSON on a command line: those of transformers, and `names`."""
+    """Return the settings that a command line may give as JSON: those of transformers, and `names`."""
     return [*TrainingArguments._VALID_DICT_FIELDS, *names]
 
 
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
-    """Return the forward pre-hooks of a module, so that callers do not register the same hook twice."""
+    """Return the forward pre-hooks of a module, so that none is registered twice."""
     return list(module._forward_pre_hooks.values())
 
 
@@ -187,7 +185,7 @@ def hooked(
     """Within the context, run a forward pre-hook and a forward hook with every call of a module.
 
     PyTorch would compile registered hooks together with a module that was compiled in place (`module.compile()`), and
-    with `fullgraph=True` stop at the first hook that reads a value. The hooks then run around the compiled call.
+    with `fullgraph=True` stop at the first one that reads a value. These run around the compiled call.
     """
     compiled = module._compiled_call_impl
     if compiled is None:
@@ -210,13 +208,13 @@ def hooked(
 
 
 def start_method(args: TrainingArguments) -> str | None:
-    """Return the start method of DataLoader workers. transformers 5.14 does not have this argument of
-    `TrainingArguments`. Remove this function when no supported transformers lacks the argument."""
+    """Return the start method of DataLoader workers, an argument of `TrainingArguments` that transformers 5.14 lacks.
+    Remove this function when no supported transformers does."""
     return getattr(args, "dataloader_multiprocessing_context", None)
 
 
 def keeps_order(args: TrainingArguments) -> bool:
-    """Return the DataLoader's argument `in_order`. Remove this function together with [`start_method`]."""
+    """Return the DataLoader's argument `in_order`. Remove it together with [`start_method`]."""
     return getattr(args, "dataloader_in_order", True)
 
 
@@ -231,8 +229,8 @@ def is_split_by_node(stream: datasets.IterableDataset) -> bool:
 
 
 def stream_parts(stream: datasets.IterableDataset) -> list[Any]:
-    """Return what a stream reads: names of files, and data sets in memory. Both are arguments of the innermost
-    iterables, which have no public name. Other sources, such as generators, have no parts."""
+    """Return what a stream reads: names of files, and data sets in memory, from arguments of the innermost iterables,
+    which have no public name. Other sources, such as generators, have no parts."""
     parts: list[Any] = []
     iterables = [stream._ex_iterable]
     while iterables:
@@ -246,22 +244,20 @@ def stream_parts(stream: datasets.IterableDataset) -> list[Any]:
 def compile_with_eager_rounding() -> None:
     """Make inductor round where eager PyTorch rounds, in the whole process.
 
-    Fused kernels do not round intermediate values to bf16. The policy's kernels fuse other operations than the
-    reference's kernels. Under bf16, the predictions of policy and reference would therefore differ before the first
-    step.
+    Fused kernels do not round intermediate values to bf16, and the policy's fuse other operations than the
+    reference's. Under bf16, their predictions would differ before the first step.
     """
     from torch._inductor import config  # takes seconds
 
     config.emulate_precision_casts = True
 
 
-# Under ZeRO-1 and 2, DeepSpeed's public functions return full gradients, not shards. The next two functions therefore
-# find and read a private dictionary of DeepSpeed's optimizer. Remove both when `deepspeed.utils.safe_get_local_grad`
-# supports ZeRO-1 and 2.
+# Under ZeRO-1 and 2, DeepSpeed's public functions return full gradients, not shards, so the next two functions read a
+# private dictionary of its optimizer. They can go when `deepspeed.utils.safe_get_local_grad` supports ZeRO-1 and 2.
 
 
 def keeps_zero_gradients(optimizer: Any) -> bool:
-    """Return whether an optimizer is DeepSpeed's optimizer for ZeRO-1 and 2, which `zero_gradients` needs."""
+    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2, which `zero_gradients` needs."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     return isinstance(optimizer, DeepSpeedZeroOptimizer)
@@ -290,9 +286,8 @@ def set_last_rates(schedule: Any, rates: list[Any]) -> None:
 
 @contextlib.contextmanager
 def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add rules to the CPU's autocast within the context. The keys of `rules` are names of `aten` operations. A rule is
-    called outside autocast with the operation and its arguments. This function uses private names, because torch has no
-    public way to remove kernels or to leave autocast."""
+    """Add rules to the CPU's autocast within the context, by the names of `aten` operations. A rule is called outside
+    autocast with the operation and its arguments. torch has no public way to remove kernels or to leave autocast."""
     library = torch.library.Library("aten", "IMPL")
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -314,6 +309,6 @@ def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 
 def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. Error messages need this
-    id, because the error that `from_single_file` raises offline does not name the configuration."""
+    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint, for error messages: the
+    one that `from_single_file` raises offline does not name it."""
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])

@@ -1,5 +1,5 @@
-"""Errors for a full disk and an unwritable folder, in place of the different errors that libraries raise, and checks of
-the free space."""
+"""One error for a full disk and one for an unwritable folder, in place of each library's own, and checks of the free
+space."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LITTLE = 64 * 2**20  # bytes
 
 
 class DiskFullError(OSError, UserError):
-    """Error for files that do not fit on the disk. The message names the folder and the disk's free space."""
+    """Files do not fit on the disk. The message names the folder and the disk's free space."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -31,13 +31,13 @@ class DiskFullError(OSError, UserError):
 def naming_the_disk(
     folder: str | os.PathLike, needed: int | None = None, *, setting: str = "output_dir"
 ) -> Iterator[None]:
-    """Return a context manager that replaces any library's error about a full disk by a `DiskFullError`, and an error
-    about a file in `folder` that cannot be written by a `ValueError`.
+    """Return a context manager that turns any library's error about a full disk into a `DiskFullError`, and one about a
+    file in `folder` that cannot be written into a `ValueError`.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder of the files. The folder need not exist yet.
-        needed (`int`, *optional*): Smallest number of bytes that the files need, for the error message.
-        setting (`str`): Name of the setting that chooses the folder, for the error message.
+        folder (`str` or `os.PathLike`): Folder of the files, which need not exist yet.
+        needed (`int`, *optional*): Bytes that the files need at least, for the message.
+        setting (`str`): Name of the setting that chooses the folder, for the message.
     """
     try:
         yield
@@ -66,8 +66,7 @@ def naming_the_disk(
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise `DiskFullError` if a folder's disk has fewer than `needed` free bytes. Call this function before
-    writing."""
+    """Raise `DiskFullError` if a folder's disk has fewer than `needed` free bytes. Call it before writing."""
     free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
@@ -77,7 +76,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the number of free bytes on the disk of a folder. The folder need not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 

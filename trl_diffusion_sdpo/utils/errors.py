@@ -1,4 +1,4 @@
-"""Errors with messages for users. The command line prints only the message, without a traceback."""
+"""Errors with messages for users. The command line prints only the message, no traceback."""
 
 
 class UserError(ValueError):

@@ -12,20 +12,18 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
-VERDICT_FILE = "verdict.json"  # in the folder of a run
+VERDICT_FILE = "verdict.json"  # in a run's folder
 MANIFEST_FILE = "manifest.jsonl"  # in a folder of images
-NEW_FILES = "_new"  # folder of files that [`replacing`] has not moved yet; the underscore excludes it from uploads
+NEW_FILES = "_new"  # files that [`replacing`] has not moved yet; the underscore excludes it from uploads
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
-    """Write a file under a temporary name, and then rename it.
-
-    After a crash, the file at `path` is either unchanged or complete.
+    """Write a file under a temporary name, and then rename it: after a crash, `path` is either unchanged or complete.
 
     Args:
-        content (`bytes` or `Callable`): Content of the file, or a function that writes the content into an open file.
-        ending (`str`): Ending of the temporary name. The name itself is random, because several processes may write the
-            same file at the same time.
+        content (`bytes` or `Callable`): Content, or a function that writes it into an open file.
+        ending (`str`): Ending of the temporary name, which is random: several processes may write the same file at the
+            same time.
     """
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{ending}")
     try:
@@ -45,15 +43,15 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
 
 @contextlib.contextmanager
 def replacing(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder for new files. When the context ends, flush them and move them to their places in `folder`.
+    """Yield an empty folder for new files. When the context ends, flush them and move them into `folder`.
 
     After an error or a crash within the context, `folder` is unchanged. After a crash while files are moved, each file
     is either the earlier or the new one, and the files `last` are missing.
 
     Args:
-        folder (`Path`): Folder whose files of the same names are replaced. Its other files stay.
+        folder (`Path`): Folder whose files of the same names are replaced. Others stay.
         last (`Sequence[str]`): Names of new files without which nobody reads the folder, so that nobody reads a mixture
-            of earlier and new files. They are removed before files are moved, and moved last.
+            of earlier and new ones. They are removed before files are moved, and moved last.
     """
     new = folder / NEW_FILES
     shutil.rmtree(new, ignore_errors=True)
@@ -89,7 +87,7 @@ def sync_files(folder: Path) -> list[Path]:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object. Raise `ValueError` if the text is anything else, also if it is nested too deeply."""
+    """Parse a JSON object. Raise `ValueError` if the text is anything else, or nested too deeply."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -100,7 +98,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return the bytes of a JSON Lines file: one JSON object per row, each on its own line."""
+    """Return a JSON Lines file: one JSON object per row, each on its own line."""
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
@@ -117,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 def file_facts(path: str | os.PathLike) -> list[str | int]:
     """Return absolute path, size, modification time and change time of a file.
 
-    The result changes whenever the file is replaced, because programs cannot set the change time back.
+    It changes whenever the file is replaced, because programs cannot set the change time back.
 
     Raises:
         OSError: If the file does not exist.

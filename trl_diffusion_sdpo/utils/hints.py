@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-# Options of this package -> their names in other trainers (diffusers' scripts, kohya, SimpleTuner, OneTrainer).
+# Our options -> their names in other trainers (diffusers' scripts, kohya, SimpleTuner, OneTrainer).
 _NAMES_ELSEWHERE = {
     "model_name_or_path": "base_model pretrained_model pretrained_model_name pretrained_model_name_or_path",
     "dataset_name": "train_data_dir instance_data_dir dataset_dir",
@@ -36,14 +36,13 @@ _NAMES_ELSEWHERE = {
     "report_to": "log_with",
 }
 OTHER_TOOLS = {name: ours for ours, names in _NAMES_ELSEWHERE.items() for name in names.split()}
-# Alternative name of a setting's value -> the value.
+# Other names of a setting's value -> the value.
 CHOICE_ALIASES = {"dpo": "sigmoid"}
 
 
 def other_tools_option(name: str, options: Iterable[str]) -> str:
-    """Return a sentence that says what another trainer's option is called here, for the end of an error message.
-
-    Return an empty string if the option is not known.
+    """Return a sentence that says what another trainer's option is called here, for the end of an error message, or an
+    empty string if the option is not known.
 
     Args:
         name (`str`): Name of the option, without leading dashes.
@@ -54,11 +53,11 @@ def other_tools_option(name: str, options: Iterable[str]) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return a sentence that suggests the valid names most similar to an unknown name, for the end of an error message.
+    """Return a sentence that suggests the names most similar to an unknown one, for the end of an error message.
 
     Args:
-        word (`str`): The unknown name. Dashes are read as underscores.
-        names (`Iterable[str]`): The valid names.
+        word (`str`): The unknown name. Dashes count as underscores.
+        names (`Iterable[str]`): Valid names.
         prefix (`str`): Text before each suggested name, such as `--`.
 
     Returns:

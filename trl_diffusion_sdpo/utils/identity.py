@@ -122,9 +122,9 @@ def _short(value: Any, name: str) -> str:
 
 
 def describe_files(files: Iterable[Path], root: Path | None = None) -> dict[str, Any]:
-    """Return size, modification time and change time of files, by their path (relative to `root` if it is given).
+    """Return size, modification time and change time of files, by their path (relative to `root` if given).
 
-    The description of a file changes whenever the file is replaced, because programs cannot set the change time back.
+    They change whenever a file is replaced, because programs cannot set the change time back.
     """
     return {
         (file if root is None else file.relative_to(root)).as_posix(): file_facts(file)[1:] for file in sorted(files)
@@ -137,7 +137,7 @@ def describe_source(source: str | Path, **where: Any) -> dict[str, Any]:
     A model that needs another one, such as a LoRA its base, is described without it: describe both.
 
     Args:
-        where: `cache_dir` and `revision` with which a Hub id is loaded. Other entries are ignored.
+        where: `cache_dir` and `revision` with which a Hub id is loaded. Others are ignored.
     """
     path = Path(source)
     if path.is_file():
@@ -148,7 +148,7 @@ def describe_source(source: str | Path, **where: Any) -> dict[str, Any]:
 
 
 def hub_commit(name: str, cache_dir: Any = None, revision: str | None = None, **_: Any) -> str | None:
-    """Return the commit of a Hub id that the local cache holds for a revision, or `None` if it holds none."""
+    """Return the commit of a Hub id that the local cache holds for a revision, or `None`."""
     folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     revision = revision or constants.DEFAULT_REVISION
     try:
@@ -180,8 +180,8 @@ def describe_pipeline(
     """Describe a pipeline in memory: its class and settings, and every component that is not left out.
 
     Args:
-        weights (`Callable`, *optional*): Function from a network's tensors to their hash. By default, the hash is over
-            all bytes. Networks without weights (on the device `meta`) are described without a hash.
+        weights (`Callable`, *optional*): From a network's tensors to their hash, by default of all bytes. Networks
+            without weights (on the device `meta`) have no hash.
     """
     left_out = {*leave_out}
     components = {name: part for name, part in pipeline.components.items() if name not in left_out}
@@ -224,7 +224,7 @@ def _is_described(part: Any) -> bool:
 
 
 def _switches(network: nn.Module) -> dict[str, Any]:
-    """Return what neither weights nor configuration say: switches such as the VAE's tiling, and adapters' scales."""
+    """Return what neither weights nor configuration say: switches, such as the VAE's tiling, and adapters' scales."""
     switches = {
         name: value
         for name, value in vars(network).items()
@@ -267,8 +267,8 @@ def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def public_config(config: Any) -> Any:
-    """Return a component's configuration without private entries, which say where it came from and not what it does,
-    and without its library's version, which [`describe_software`] has."""
+    """Return a component's configuration without private entries, which say where it came from, and without its
+    library's version, which [`describe_software`] has."""
     if isinstance(config, Mapping):
         entries = {str(key): value for key, value in config.items()}
         hidden = {key for key in entries if key.startswith("_") or key == "transformers_version"}

@@ -1,4 +1,4 @@
-"""Checks of optional dependencies, lazy import of public names, and filters that hide messages of libraries."""
+"""Checks of optional dependencies, lazy import of public names, and filters for messages of libraries."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from .errors import UserError
 
-# Name of one of this package's extras -> the module that the extra installs.
+# Our extra -> the module that it installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
-# Beginnings of warnings that need no action. PEFT prints the first one if a model gets a second adapter, and this
-# package adds one for the reference on purpose. torch prints the second one on machines without a GPU, and the third
-# one because transformers passes `ddp_broadcast_buffers` to DDP under the name that older versions of torch know.
+# Beginnings of warnings that need no action. PEFT prints the first for a second adapter, which this package adds on
+# purpose for the reference. torch prints the second on machines without a GPU, and the third because transformers
+# passes `ddp_broadcast_buffers` to DDP under its name in older versions of torch.
 _IDLE_WARNINGS = (
     r"Already found a `peft_config` attribute in the model",
     r"'pin_memory' argument is set as true but no accelerator is found",
@@ -23,11 +23,11 @@ _IDLE_WARNINGS = (
 
 
 class MissingExtraError(ImportError, UserError):
-    """Error for an optional dependency that is not installed. The message says how to install it."""
+    """An optional dependency is not installed. The message says how to install it."""
 
 
 def require(extra: str, purpose: str) -> None:
-    """Raise a `MissingExtraError` if the module of one of this package's extras is not installed.
+    """Raise a `MissingExtraError` if the module of one of our extras is not installed.
 
     Args:
         extra (`str`): A key of `EXTRAS`.
@@ -50,7 +50,7 @@ def lazy_attributes(
     Args:
         package (`str`): Name of the package.
         homes (`Mapping[str, str]`): Public name -> the module that defines it, relative to the package.
-        others (`Iterable[str]`): Public names that the package defines itself. `dir()` lists these names too.
+        others (`Iterable[str]`): Public names that the package defines itself, for `dir()`.
     """
     public = sorted([*homes, *others])
 
@@ -64,8 +64,8 @@ def lazy_attributes(
 
 
 def hide_idle_notes() -> None:
-    """Hide messages and warnings that libraries print in every run and that need no action by the user."""
-    import logging  # imported late, because this is a third of the package's import time
+    """Hide messages and warnings that libraries print in every run and that need no action."""
+    import logging  # late: a third of the package's import time
     import warnings
 
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it recommends torchvision

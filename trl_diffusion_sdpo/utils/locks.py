@@ -15,17 +15,17 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # errors of a lock that another process holds
+HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # another process holds the lock
 
 
 class FolderLock:
-    """Lock on a file in a folder, which a process may acquire several times. The lock ends with its process.
+    """Lock on a file in a folder, which a process may acquire several times, and which ends with it.
 
-    On a disk without locks, such as some network disks, the lock does nothing but log a warning. `filelock` itself
-    would create a file there that locks the folder for ever if its process is killed.
+    On a disk without locks, such as some network disks, it only logs a warning. `filelock` itself would create a file
+    there that locks the folder for ever if its process is killed.
 
     Args:
-        file (`Path`): File to lock. It is created, and stays.
+        file (`Path`): File to lock, which is created and stays.
     """
 
     def __init__(self, file: Path) -> None:
@@ -48,7 +48,7 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Release the lock once. Without a lock, this call has no effect."""
+        """Release the lock once, if it is held."""
         self._lock.release()
 
 

@@ -1,4 +1,4 @@
-"""Work that several processes share, and the number of CPU cores for each process."""
+"""Work that several processes share, and the CPU cores for each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Peers:
-    """Group of processes that share work, such as preparing data. The default is a single process.
+    """Group of processes that share work, such as preparing data; by default, one process.
 
     Args:
         index (`int`): Rank of this process, from 0.
         count (`int`): Number of processes.
-        gather (`Callable`): Collective function. Each process calls this function with a value, and gets the list of
-            all processes' values, by rank.
+        gather (`Callable`): Collective function, which each process calls with a value, and which returns the list of
+            all values by rank.
     """
 
     index: int = 0
@@ -30,8 +30,7 @@ class Peers:
         """Call `work` in each process, and return all results by rank. Call it in all processes.
 
         Raises:
-            Exception: If `work` fails in any process. This process raises the error of `work`, and the others raise
-                `RuntimeError`.
+            Exception: If `work` fails in any process: there its own error, in the others a `RuntimeError`.
         """
         failure: Exception | None = None
         result = None
@@ -48,7 +47,7 @@ class Peers:
         return [value for value, _ in gathered]
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """Call `compute` in the first process, and return its result in every process. Call it in all processes."""
+        """Call `compute` in the first process, and return its result in all. Call it in all processes."""
         return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 
@@ -56,8 +55,8 @@ ALONE = Peers()
 
 
 def usable_cores(processes: int = 1) -> int:
-    """Return the number of CPU cores that each of `processes` processes can use. `LOCAL_WORLD_SIZE`, if a launcher has
-    set it, says how many processes share the cores of this machine."""
+    """Return the CPU cores that each of `processes` processes can use. `LOCAL_WORLD_SIZE`, where a launcher has set it,
+    says how many processes share this machine's."""
     affinity = getattr(os, "sched_getaffinity", None)  # `None` on macOS and Windows
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))

@@ -15,7 +15,7 @@ class Renamed:
 
     Args:
         sentence (`str`): End of the sentence that begins with the setting's name.
-        default (`Any`): Value that the setting had if it was not set.
+        default (`Any`): Value if it was not set.
         mapping, key (`str`): Setting that holds the value now, and the value's name in it. Empty if there is none.
         others (`dict[str, Any]`): Other settings that now belong to a value that was set.
     """
@@ -77,8 +77,8 @@ def refuse_renamed(names: Iterable[str]) -> None:
 
 
 def with_new_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of a run of an earlier version in their places of today. Return also a sentence for each
-    setting that is gone, if the run had changed it."""
+    """Return the settings of a run of an earlier version in their places of today, and a sentence for each one that is
+    gone, if the run had changed it."""
     settings = {name: value for name, value in stored.items() if name not in RENAMED}
     gone = []
     for name, renamed in RENAMED.items():

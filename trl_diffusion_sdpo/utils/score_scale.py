@@ -1,7 +1,7 @@
-"""Say what the numbers of a scorer mean: their usual range, their limits, and how they relate to preferences.
+"""What the numbers of a scorer mean: their usual range, their limits, and how they relate to preferences.
 
-`pairs score` and `pairs generate` write a scale beside the scores, in the column [`SCALE_COLUMN`], so that losses need
-no number that was typed by hand.
+`pairs score` and `pairs generate` write a scale beside the scores, in the column [`SCALE_COLUMN`], so that nobody types
+a loss's numbers by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .errors import UserError
 
-SCALE_COLUMN = "score_scales"  # each row has a list with one scale for each scorer
+SCALE_COLUMN = "score_scales"  # in each row, one scale for each scorer
 # What a loss needs: scores divided by their usual range, differences that are log-odds, or shares of comparisons.
 Unit = Literal["range", "log_odds", "share"]
 ROUNDING = 1e-3  # share by which a score may exceed a limit
@@ -21,7 +21,7 @@ ROUNDING = 1e-3  # share by which a score may exceed a limit
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Meaning of a scorer's numbers. `None` stands for a number that nobody knows.
+    """Meaning of a scorer's numbers. `None` is unknown.
 
     Args:
         scorer (`str`): Name of the scorer.
@@ -40,7 +40,7 @@ class ScoreScale:
 
     @classmethod
     def read(cls, value: Any) -> ScoreScale:
-        """Return the scale of the first scorer in a row's value of [`SCALE_COLUMN`].
+        """Return the first scorer's scale in a row's value of [`SCALE_COLUMN`].
 
         Raises:
             ValueError: If the value is not a list of scales.
@@ -65,10 +65,10 @@ class ScoreScale:
             )
 
     def factor(self, unit: Unit) -> float:
-        """Return the number by which scores are multiplied so that they have a unit.
+        """Return the number to multiply scores by, so that they have a unit.
 
         Raises:
-            ValueError: If the scale does not say how to compute this unit.
+            ValueError: If the scale does not say how.
         """
         if unit == "share":
             raise UserError(
@@ -93,9 +93,9 @@ class ScoreReading:
 
     Args:
         unit (`str`): What the loss needs of scores that say their scale.
-        assumed ([`ScoreScale`]): Limits of scores that do not say their scale. These scores are not converted.
-        typed (`str`, *optional*): A setting of the user that says the scale by hand, for the message that refuses it if
-            the scores say their scale themselves.
+        assumed ([`ScoreScale`]): Limits of scores that do not say their scale. These are not converted.
+        typed (`str`, *optional*): A setting that says the scale by hand, for the message that refuses it if the scores
+            say theirs themselves.
         advice (`str`, *optional*): A warning for scores that do not say their scale.
     """
 
@@ -115,7 +115,7 @@ SCORE_SCALES = {"pickscore": PICKSCORE_COSINES}
 
 
 def score_scale(value: float | str) -> float:
-    """Return `smpo_score_scale` as a number: the number itself, or the range in [`SCORE_SCALES`] of a named scorer."""
+    """Return `smpo_score_scale` as a number: itself, or the range in [`SCORE_SCALES`] of a named scorer."""
     if not isinstance(value, str):
         return value
     if value not in SCORE_SCALES:

@@ -1,4 +1,4 @@
-"""Removes secrets from settings and messages before these are written to files, trackers, logs and the model card."""
+"""Removes secrets from settings and messages on their way to files, trackers, logs and the model card."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SECRET_PARTS = (
 _COUNTS = "max min num new total per next last"
 _WORDS = "bos eos pad unk sep cls mask special image video placeholder initializer"
 _TOKEN = re.compile("".join(f"(?<!{word})" for word in f"{_COUNTS} {_WORDS}".split()) + "tokens?$")
-_SIGNS_URLS = ("sig", "key", "keyid", "keypairid")  # parameters in a URL's query that are secret only there
+_SIGNS_URLS = ("sig", "key", "keyid", "keypairid")  # secret only as parameters in a URL's query
 _PUBLIC = ("", "none", "null", "true", "false", "...")  # values that show no secret
-# Tokens and keys that are known by their own form, wherever they are.
+# Tokens and keys known by their own form, wherever they are.
 _BY_FORM = (
     (re.compile(r"(?<![A-Za-z0-9])hf_(?:[A-Za-z0-9]{16,}|oauth_[\w.-]{16,})"), "hf_..."),
     (re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-|api_org_|sk-(?:[a-z]+-)?)\w{16,}[\w-]*"), "..."),
@@ -48,11 +48,11 @@ _VALUE = re.compile(
 def masked(value: Any, name: str = "") -> Any:
     """Return a copy of nested settings without secrets.
 
-    The value of a secret setting is replaced by the setting's name. A secret within a text is replaced by dots.
+    A secret setting's value is replaced by its name, a secret within a text by dots.
 
     Args:
-        value: Settings to copy. Dictionaries, lists, tuples, sets, strings and paths are searched. Values of other
-            types are returned unchanged.
+        value: Settings to copy. Dictionaries, lists, tuples, sets, strings and paths are searched, other types returned
+            unchanged.
         name (`str`): Name of the setting. The value of `hub_token` becomes `<HUB_TOKEN>`.
     """
     if names_secret(name) and not (value is None or isinstance(value, bool)):
@@ -74,7 +74,7 @@ def names_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text in which dots replace tokens, passwords and the signatures of URLs."""
+    """Return a text with dots in place of tokens, passwords and the signatures of URLs."""
     for pattern, replacement in _BY_FORM:
         text = pattern.sub(replacement, text)
     kept: list[str] = []

@@ -1,6 +1,6 @@
-"""Compute win rates with confidence intervals and significance tests.
+"""Win rates with confidence intervals and significance tests.
 
-All statistics treat a prompt, not an image, as one observation, because images of one prompt are not independent.
+One observation is a prompt, not an image: images of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from .errors import UserError
 
 LEVEL = 0.05  # significance level of the tests; intervals cover 95 %
-FEW_PROMPTS = 30  # with fewer prompts, only large differences show
+FEW_PROMPTS = 30  # with fewer, only large differences show
 BETTER = "better"
 WORSE = "worse"
 NO_DIFFERENCE = "no difference shown"
@@ -32,10 +32,10 @@ class WinRate:
         low, high (`float`): Ends of the 95 % confidence interval of `rate`, from [`rate_interval`].
         p_value (`float`): p-value of [`permutation_test`]: how often chance alone moves `rate` this far from one half.
         prompts (`int`): Number of prompts.
-        ties (`int`): Number of pairs (the model's image and the base model's image) with equal scores.
-        missing (`int`): Number of pairs (the model's image and the base model's image) in which an image has no score.
-        mean_change (`float`): Mean of the model's scores minus the base model's scores, averaged over seeds and then
-            over prompts.
+        ties (`int`): Number of pairs (the model's image and the base model's) with equal scores.
+        missing (`int`): Number of pairs in which an image has no score.
+        mean_change (`float`): Mean of the model's scores minus the base model's, averaged over seeds and then over
+            prompts.
         change_low, change_high (`float`): Ends of the 95 % confidence interval of `mean_change`, from
             [`mean_interval`]. `None` for a single prompt.
     """
@@ -64,11 +64,10 @@ class WinRate:
 
 
 def win_rate(scores: np.ndarray, base: np.ndarray) -> WinRate:
-    """Return the win rate of a model against the base model, computed from the scores of both.
+    """Return the win rate of a model against the base model, from the scores of both.
 
     Args:
-        scores, base (`np.ndarray` of shape `(prompts, seeds)`): Scores of both models, with NaN for images
-            without a score.
+        scores, base (`np.ndarray` of shape `(prompts, seeds)`): Scores of both models, NaN for images without one.
 
     Raises:
         `ValueError`: If the shapes differ, or there is no prompt and seed for which both models have a score.
@@ -108,8 +107,8 @@ def win_rate(scores: np.ndarray, base: np.ndarray) -> WinRate:
 def rate_interval(rates: np.ndarray) -> tuple[float, float]:
     """Return the 95 % confidence interval of the mean of prompts' win rates `(N,)`.
 
-    The interval is computed with four added prompts: two with the win rate 1 and two with the win rate 0. Without them,
-    40 wins of 40 would give an interval from 100 % to 100 %. With few prompts, Student's t-distribution makes it wider.
+    It is computed with four added prompts: two with the win rate 1 and two with 0. Without them, 40 wins of 40 would
+    give an interval from 100 % to 100 %. With few prompts, Student's t-distribution makes it wider.
 
     Source: Agresti and Coull, Approximate is better than "exact" for interval estimation of binomial proportions, 1998.
     """
@@ -150,15 +149,14 @@ def _t_quantile(freedom: int, level: float = LEVEL) -> float:
 def permutation_test(rates: np.ndarray) -> float:
     """Return the p-value of a two-sided test whether the mean of prompts' win rates `(N,)` is one half.
 
-    If neither model is better, exchanging the two models on any prompt changes nothing. The p-value is the share of all
-    2^N exchanges that move the mean at least as far from one half, computed exactly. With one seed, this is the sign
-    test.
+    If neither model is better, exchanging the two on any prompt changes nothing. The p-value is the share of all 2^N
+    exchanges that move the mean at least as far from one half, computed exactly. With one seed, it is the sign test.
     """
     steps = np.rint((rates - 0.5) / _STEP).astype(int)
     steps //= np.gcd.reduce(steps) or 1
     observed = abs(int(steps.sum()))
-    # The distribution of the sum under all exchanges, from its characteristic function. The sum `s` has the index `s`
-    # or, if it is negative, `length + s`.
+    # The distribution of the sum under all exchanges, from its characteristic function. A sum `s` has the index `s` or,
+    # if negative, `length + s`.
     length = 2 * int(np.abs(steps).sum()) + 1
     angles = 2 * np.pi / length * np.arange(length)
     spectrum = np.ones(length)
@@ -185,12 +183,11 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     Args:
         first (`np.ndarray` of shape `(prompts, seeds)`): The first scorer's scores of the model minus its scores of the
             base model.
-        second (`np.ndarray` of shape `(prompts, seeds)`): The second scorer's scores of the model minus its scores of
-            the base model.
+        second (`np.ndarray` of shape `(prompts, seeds)`): The same of the second scorer.
 
     Returns:
-        `float`: Share in `[0, 1]`. Prompts on which a scorer prefers neither model are left out. If no prompt is left,
-            the result is NaN.
+        `float`: Share in `[0, 1]`, or NaN if no prompt is left. Prompts on which a scorer prefers neither model are
+        left out.
     """
     one, other = (np.sign(np.nansum(np.sign(difference), axis=1)) for difference in (first, second))
     decided = (one != 0) & (other != 0)

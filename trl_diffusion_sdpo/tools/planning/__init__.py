@@ -1,1 +1,1 @@
-"""Estimates of a run's memory and FLOPs, computed without loading weights."""
+"""Estimates of a run's memory and FLOPs, without loading weights."""

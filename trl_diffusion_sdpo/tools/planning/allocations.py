@@ -1,5 +1,5 @@
-"""Counts the bytes of fake tensors that operations allocate and free. Fake tensors are on the CPU, so this module
-imitates how a GPU rounds sizes of allocations and how autocast chooses dtypes on a GPU."""
+"""Counts the bytes of fake tensors that operations allocate and free. These are on the CPU, so it imitates how a GPU
+rounds sizes of allocations and how autocast chooses dtypes there."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 
 from ...utils._compat import TorchDispatchMode, autocast_rules, tree_leaves
 
-CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds sizes up to multiples of this many bytes
+CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds up to multiples of this many bytes
 
 
 class Allocations(TorchDispatchMode):
     """Counts the bytes of all tensor storages in use, and records the peak in each phase of a step.
 
-    Enter this context within a `FakeTensorMode`. A storage counts once, even if it has several views. A storage counts
-    until autograd, modules and Python have all released it.
+    Enter it within a `FakeTensorMode`. A storage counts once, however many views it has, until autograd, modules and
+    Python have all released it.
 
     Args:
-        block (`int`): The size of an allocation is rounded up to a multiple of this many bytes.
+        block (`int`): Sizes are rounded up to a multiple of this many bytes.
     """
 
     def __init__(self, block: int = 1):
         super().__init__()
         self.block = block
         self.live = 0
-        self.peaks: dict[str, int] = {}  # name of a phase -> peak of the bytes in use
+        self.peaks: dict[str, int] = {}  # phase -> peak of the bytes in use
         self._phase = "start"
         self._storages: dict[int, Any] = {}
 
@@ -42,7 +42,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record the peak of the bytes in use within the context, under the name `name`."""
+        """Record the peak of the bytes in use within the context as that of the phase `name`."""
         before = self._phase
         self._phase = name
         self._note(self.live)
@@ -52,7 +52,7 @@ class Allocations(TorchDispatchMode):
             self._phase = before
 
     def ignore(self, tensors: Any) -> None:
-        """Exclude tensors and their views from the count from now on. The caller adds their bytes itself."""
+        """Stop counting tensors and their views. The caller adds their bytes itself."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self._storages:
@@ -77,13 +77,13 @@ class Allocations(TorchDispatchMode):
 
 
 def rounded(size: int, block: int) -> int:
-    """Return how many bytes an allocator reserves for `size` bytes: `size` rounded up to a multiple of `block`."""
+    """Return the bytes that an allocator reserves for `size` bytes: rounded up to a multiple of `block`."""
     return -(-size // block) * block
 
 
 # ---- The planned device ----------------------------------------------------------------------------------------------
 
-# Operations that run in float32 under autocast on CUDA, but not on the CPU. Only operations in denoisers are listed.
+# Operations in float32 under autocast on CUDA, but not on the CPU; only those in denoisers.
 # Source: https://docs.pytorch.org/docs/stable/amp.html
 _FLOAT32 = (
     "layer_norm",
@@ -113,7 +113,7 @@ def block_size(device: str) -> int:
 
 
 def autocast_like(device: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which autocast on the CPU chooses the same dtypes as on a `"cuda"` or `"cpu"` device."""
+    """Return a context in which autocast on the CPU chooses dtypes as on a `"cuda"` or `"cpu"` device."""
     return autocast_rules(_CUDA_RULES) if device == "cuda" else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Simulation of the trainer's forward and backward passes on fake tensors, without data."""
+"""The trainer's forward and backward passes on fake tensors, without data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ENCODE, FORWARD, BACKWARD, OPTIMIZER = "encode", "forward", "backward", "optimiz
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Networks of a planned run on the meta device, and the settings on which the run's memory depends."""
+    """Networks of a planned run on the meta device, and the settings on which its memory depends."""
 
     family: Family  # pipeline family, with VAE and text encoders in the dtypes of training
     reference: Reference
@@ -54,7 +54,7 @@ class PlannedRun:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """Dtype of autocast, or `None` if the run does not use autocast."""
+        """Dtype of autocast, or `None` without autocast."""
         return autocast_dtype(self.args.mixed_precision)
 
     @property
@@ -68,8 +68,7 @@ class PlannedRun:
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
-        """The denoiser of the policy, and those of the reference and the averaged weights if these are separate
-        models."""
+        """Denoisers of the policy and, if these are separate models, of the reference and the averaged weights."""
         copies = {"reference": self.reference, "average": self.average}
         seconds = {name: copy.second for name, copy in copies.items() if copy is not None}
         others = {name: second.module for name, second in seconds.items() if isinstance(second, SecondDenoiser)}
@@ -77,7 +76,7 @@ class PlannedRun:
 
 
 class OneProcess:
-    """Substitute for accelerate's `Accelerator` in the simulation, with one process and no gradient scaler."""
+    """Stands in for accelerate's `Accelerator`, with one process and no gradient scaler."""
 
     scaler = None
     num_processes = 1
@@ -93,8 +92,7 @@ class OneProcess:
 
 
 class MeasuredForward(PairForward):
-    """Forward passes of the simulated step, in which the memory of encoding images and prompts is measured
-    separately."""
+    """Forward passes of the simulated step, with the memory of encoding images and prompts measured separately."""
 
     def __init__(self, allocations: Allocations, *parts: Any, **settings: Any):
         super().__init__(*parts, **settings)
@@ -107,7 +105,7 @@ class MeasuredForward(PairForward):
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
                 try:
                     conditioning = family.encode_prompts(inputs["prompts"])
-                except Exception as error:  # the pipeline reads values, and fake tensors have none
+                except Exception as error:  # the pipeline reads values, which fake tensors lack
                     raise needs_values(family.name) from error
                 if "source_pixels" in inputs:
                     source = family.encode_images(pixels_as_floats(inputs["source_pixels"]))
@@ -120,8 +118,7 @@ def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[di
     """Run the trainer's forward and backward passes of a step on fake tensors.
 
     Returns:
-        The peak of each phase, and the memory in use before the optimizer's step, both in bytes and without the
-        weights.
+        The peak of each phase, and the memory in use before the optimizer's step, both in bytes without the weights.
     """
     denoiser = run.family.denoiser
     model = DenoiserWrapper(denoiser).train()
@@ -134,7 +131,7 @@ def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[di
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise needs_values(run.family.name) from error
     finally:
-        for cached in (constant, white):  # otherwise later code would get fake tensors from these caches
+        for cached in (constant, white):  # otherwise later code would get fake tensors from them
             cached.cache_clear()
         if checkpoints:
             denoiser.disable_gradient_checkpointing()
@@ -147,7 +144,7 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
     for module in (*run.denoisers.values(), *run.frozen):
         allocations.ignore([*module.parameters(), *module.buffers()])
     loss = loss_settings(run.args)
-    # The simulation keeps all components on the device. The plan later subtracts the components that are offloaded.
+    # All components stay on the device here. The plan later subtracts the offloaded ones.
     components: Any = SimpleNamespace(family=run.family, in_use=lambda: contextlib.nullcontext(run.family))
     process: Any = OneProcess(run.autocast)
     forward = MeasuredForward(
@@ -175,7 +172,7 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:
-    """Delete a gradient as soon as it is complete, because the plan adds the gradient's shard itself."""
+    """Delete a gradient as soon as it is complete: the plan adds its shard itself."""
     weight.grad = None
 
 
@@ -211,7 +208,7 @@ def largest_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
 
 
 def _batch(run: PlannedRun) -> dict[str, Any]:
-    """Return a batch of fake tensors with the keys and shapes of a batch from `PreferenceCollator`."""
+    """Return a batch of fake tensors with the keys and shapes of `PreferenceCollator`'s."""
     pairs = run.args.per_device_train_batch_size
     images = 2 * pairs
     sizes = torch.ones(images, 2, dtype=torch.long)

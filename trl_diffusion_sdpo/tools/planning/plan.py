@@ -19,14 +19,12 @@ from .skeleton import fake_weights
 
 SETUP = "set-up"
 CARDS = (8, 16, 24, 40, 80, 141)  # memory of common GPUs in GB (1e9 bytes)
-# Share of a GPU's memory that tensors can use. The rest is for CUDA's context, workspaces of kernels, and
-# fragmentation.
+# Share of a GPU's memory for tensors. The rest is for CUDA's context, workspaces of kernels, and fragmentation.
 USABLE = 0.92
 
 _QUANTIZED = 1 + 4 / 256  # bytes per 8-bit value: one byte, and a float32 scale for each block of 256 values
-# Optimizer -> (bytes of its states per weight, bytes of temporary tensors in its step per weight). Memory that is small
-# beside the weights counts as 0. Paged states count as 0 too, because they move to the CPU if the device has no room
-# for them.
+# Optimizer -> (bytes of its states per weight, bytes of temporary tensors in its step per weight). What is small beside
+# the weights counts as 0, and so do paged states, which move to the CPU if the device has no room for them.
 OPTIMIZERS = {
     "adamw_torch": (8, 4),
     "adamw_torch_fused": (8, 0),
@@ -46,8 +44,8 @@ STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 class Plan:
     """Computed memory of a run on one device, in bytes."""
 
-    components: dict[str, int]  # name of tensors that stay between steps -> their bytes
-    phases: dict[str, int]  # phase -> peak in bytes, with the tensors that stay between steps
+    components: dict[str, int]  # bytes of tensors that stay between steps, by name
+    phases: dict[str, int]  # peak of each phase in bytes, with those tensors
 
     @property
     def peak(self) -> int:
@@ -58,12 +56,12 @@ class Plan:
         return max(self.phases, key=lambda name: self.phases[name])
 
     def fits(self, gigabytes: float) -> bool:
-        """Return whether the run fits on a GPU with `gigabytes` GB, of which tensors can use the share `USABLE`."""
+        """Return whether the run fits on a GPU with `gigabytes` GB, of which tensors get the share `USABLE`."""
         return self.peak <= USABLE * gigabytes * 1e9
 
 
 def make_plan(run: PlannedRun, device: str) -> Plan:
-    """Simulate one step on fake tensors, and return the memory of the run.
+    """Simulate one step on fake tensors, and return the run's memory.
 
     Args:
         run ([`PlannedRun`]): Networks and settings of the run.
@@ -79,7 +77,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     frozen = sum(size for name, size in components.items() if name in family.frozen_components)
     absent = frozen if run.args.precompute_latents or run.args.offload_frozen_components else 0  # except to encode
     setup = sum(components.values()) - absent
-    if engine.divides("weights"):  # when weights are sharded, one block at a time is whole in memory
+    if engine.divides("weights"):  # one block at a time is whole in memory
         setup += largest_block(family.denoiser, None)[0]
     components["optimizer"] = engine.share("optimizer", states)
     if engine.name == "multi_gpu":
@@ -90,7 +88,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     if engine.divides("gradients"):
         components["gradients"] = engine.share("gradients", 4 * trained)
 
-    # Simulate one step on fake tensors, as if on one device.
+    # Simulate one step, as if on one device.
     passes = _in_passes(run)
     fake_weights(run.denoisers.values(), mode, run.autocast if engine.rounds_weights else None)
     fake_weights(run.frozen, mode)
@@ -102,8 +100,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     step = left + engine.share("optimizer", temporary)
     phases[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
     if engine.divides("gradients") and run.args.safeguard == "parameter":
-        # The simulation holds the unsharded gradients of winners and of losers. The engine never holds both at the same
-        # time.
+        # The simulation holds the unsharded gradients of winners and of losers; the engine never holds both.
         spared = (gradients - left) // 2
         phases[BACKWARD] -= spared
         phases[OPTIMIZER] -= spared
@@ -120,8 +117,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
 
 
 def table(plans: Mapping[str, Plan]) -> str:
-    """Return a Markdown table with a row for each plan: peak memory, the phase of the peak, and the smallest GPU on
-    which the run fits."""
+    """Return a Markdown table with a row for each plan: peak memory, its phase, and the smallest GPU that fits."""
     lines = ["| training | peak, GiB | at | smallest card |", "|---|---:|---|---|"]
     for name, plan in plans.items():
         card = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none of these")
@@ -165,10 +161,10 @@ def _weights(run: PlannedRun, block: int) -> dict[str, int]:
 
 
 def _in_passes(run: PlannedRun) -> int:
-    """Return the bytes of the temporary copies of weights in a forward or backward pass.
+    """Return the bytes of temporary copies of weights in a forward or backward pass.
 
-    Of a quantized base model, one layer at a time is dequantized to half precision. An engine that shards weights
-    gathers the current block, the next block, and all weights outside of blocks.
+    A quantized base is dequantized to half precision one layer at a time. An engine that shards weights gathers the
+    current block, the next one, and all weights outside of blocks.
     """
     denoiser = run.family.denoiser
     extra = 0
@@ -181,5 +177,5 @@ def _in_passes(run: PlannedRun) -> int:
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Return the parameters and buffers of a module. A tensor that several submodules share appears once."""
+    """Return a module's parameters and buffers. One that several submodules share appears once."""
     return [*module.parameters(), *module.buffers()]

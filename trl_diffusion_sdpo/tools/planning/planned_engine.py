@@ -1,4 +1,4 @@
-"""Describes which tensors each distributed engine shards over its processes."""
+"""Which tensors each distributed engine shards over its processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...utils._compat import block_names
 from ...utils.errors import UserError
 from ...utils.hints import did_you_mean
 
-# Name of a configuration of accelerate in this package -> the kinds of tensors that its engine shards.
+# Our configuration of accelerate -> the kinds of tensors that its engine shards.
 DIVIDED: dict[str, tuple[str, ...]] = {
     "single_gpu": (),
     "multi_gpu": (),
@@ -20,29 +20,29 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "zero3": ("optimizer", "gradients", "weights"),
     "fsdp2": ("optimizer", "gradients", "weights"),
 }
-ZERO_BUCKET = 500_000_000  # number of gradient elements that DeepSpeed reduces at once by default
+ZERO_BUCKET = 500_000_000  # gradient elements that DeepSpeed reduces at once by default
 
 
 @dataclass(frozen=True)
 class PlannedEngine:
-    """Distributed engine of a planned run, with its number of processes."""
+    """Distributed engine of a planned run, and its processes."""
 
     name: str = "single_gpu"
     processes: int = 1
 
     def share(self, kind: str, size: int) -> int:
         """Return how many of `size` bytes one process holds. `kind` is `"weights"`, `"gradients"` or `"optimizer"`
-        (states of the optimizer)."""
+        (its states)."""
         return -(-size // self.processes) if self.divides(kind) else size
 
     def divides(self, kind: str) -> bool:
-        """Return whether the engine shards tensors of a kind such as `"gradients"`."""
+        """Return whether the engine shards a kind of tensors, such as `"gradients"`."""
         return kind in DIVIDED[self.name]
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine itself keeps half precision weights for the forward pass. Otherwise autocast casts weights
-        in the forward pass."""
+        """Whether the engine itself keeps half precision weights for the forward pass, where otherwise autocast casts
+        them."""
         return self.name not in ("single_gpu", "multi_gpu")
 
     @property
@@ -54,12 +54,11 @@ def planned_engine(config: str | None, processes: int | str | None) -> PlannedEn
     """Return the engine of a configuration of accelerate.
 
     Args:
-        config (`str`, *optional*): Name of one of this package's configurations of accelerate, such as `"zero2"`.
-        processes (`int` or `str`, *optional*): Number of processes. If `config` is `None` too, the plan is for one
-            process.
+        config (`str`, *optional*): Name of one of our configurations of accelerate, such as `"zero2"`.
+        processes (`int` or `str`, *optional*): Number of processes. If `config` is `None` too, the plan is for one.
 
     Raises:
-        ValueError: If this package has no configuration with the name `config`, or `processes` is missing.
+        ValueError: If we have no configuration `config`, or `processes` is missing.
     """
     name = config or ("single_gpu" if processes is None else "multi_gpu")
     if name not in DIVIDED:
@@ -78,10 +77,10 @@ def planned_engine(config: str | None, processes: int | str | None) -> PlannedEn
 
 
 def largest_block(denoiser: nn.Module, element: int | None) -> tuple[int, int]:
-    """Return the bytes of the denoiser's largest block, and the bytes of all weights outside of blocks.
+    """Return the bytes of the denoiser's largest block, and of all weights outside of blocks.
 
     Args:
-        element (`int`, *optional*): Bytes per weight in a forward pass. By default, the size of the weight's dtype.
+        element (`int`, *optional*): Bytes per weight in a forward pass, by default of the weight's dtype.
     """
 
     def size(weights: Any) -> int:

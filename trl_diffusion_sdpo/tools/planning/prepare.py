@@ -1,4 +1,4 @@
-"""Makes the networks of a planned run on the meta device, with the functions that the trainer uses."""
+"""Makes the networks of a planned run on the meta device, with the trainer's own functions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedSettings:
-    """Settings of a run to plan. Each plan may change some of these settings."""
+    """Settings of a run to plan, some of which each plan may change."""
 
     training: DiffusionSDPOConfig
     model: ModelConfig
@@ -45,18 +45,18 @@ class PlannedSettings:
     device: str  # "cuda" or "cpu"
 
     def plan(self, **changes: Any) -> Plan:
-        """Return the plan of the run after applying `changes` to the settings. Raise `ValueError` if settings
-        contradict each other."""
+        """Return the plan of the run with `changes` to the settings. Raise `ValueError` if they contradict each
+        other."""
         training = copy.copy(self.training)
         model = copy.copy(self.model)
         if starting_point(str(model.model_name_or_path), training.adapter_name_or_path).adapter:
-            model.use_peft = True  # the run trains an existing LoRA; the plan assumes a new LoRA
+            model.use_peft = True  # the run trains an existing LoRA, the plan a new one
         for name, value in changes.items():
             setattr(model if name in vars(model) else training, name, value)
         return make_plan(prepare(training, model, self.engine), self.device)
 
     def plans(self) -> dict[str, Plan]:
-        """Return the plan of these settings, and plans of LoRA, QLoRA and full tuning, each without and with activation
+        """Return the plan of these settings, and plans of LoRA, QLoRA and full tuning, each with and without activation
         checkpointing."""
         half = "bfloat16" if self.training.bf16 or self.training.fp16 else "float32"
         whole = {"load_in_4bit": False, "load_in_8bit": False}
@@ -122,7 +122,7 @@ def _family(model_args: ModelConfig, args: DiffusionSDPOConfig) -> Family:
 
 
 def _working(family: Any, args: DiffusionSDPOConfig) -> Family:
-    """Return the family of a copy of the pipeline whose VAE and text encoders have the dtypes of training."""
+    """Return the family of a copy of the pipeline with VAE and text encoders in the dtypes of training."""
     half = autocast_dtype(args.mixed_precision)
     pipeline = working_pipeline(family, device=torch.device("meta"), half_dtype=half, vae_dtype=args.vae_dtype)
     working = type(family)(pipeline)

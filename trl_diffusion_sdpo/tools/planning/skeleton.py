@@ -1,5 +1,5 @@
-"""Makes pipelines without weights. Networks are created on the meta device from their configurations. Then fake
-tensors, which have a shape, a dtype and a device but no data, replace the weights."""
+"""Makes pipelines without weights: networks are created on the meta device from their configurations, and fake tensors,
+which have a shape, a dtype and a device but no data, replace the weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from ...models.pipelines import CLASS, networks_without_weights, read_index
 from ...utils._compat import FakeTensorMode
 from ...utils.errors import UserError
 
-PROMPT_TOKENS = 77  # default number of tokens of a prompt, as for CLIP
+PROMPT_TOKENS = 77  # default tokens of a prompt, as for CLIP
 
 
 def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> Family:
-    """Return the family of a pipeline whose networks have no weights. Only JSON files in the folder or on the Hub are
-    read.
+    """Return the family of a pipeline without weights. Only JSON files in the folder or on the Hub are read.
 
     Args:
         dtype (`torch.dtype`): Dtype of the networks.
@@ -50,10 +49,10 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
 
 
 def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
-    """Replace the modules' meta tensors by fake tensors on the CPU. Tensors that several modules share remain shared.
+    """Replace the modules' meta tensors by fake tensors on the CPU. Shared ones remain shared.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Dtype of all parameters. By default, each parameter keeps its dtype.
+        dtype (`torch.dtype`, *optional*): Dtype of all parameters. By default, each keeps its own.
     """
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for submodule in (submodule for module in modules for submodule in module.modules()):
@@ -73,10 +72,10 @@ def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode, dtype: torc
 
 
 class TokensOnly:
-    """Substitute for a tokenizer, which gives every prompt the largest number of tokens. All tokens are equal.
+    """Stands in for a tokenizer: gives every prompt the largest number of tokens, all equal.
 
     Args:
-        model_max_length (`int`): Number of tokens of a prompt if the pipeline does not pass `max_length`.
+        model_max_length (`int`): Tokens of a prompt if the pipeline does not pass `max_length`.
     """
 
     padding_side = "right"
@@ -89,7 +88,7 @@ class TokensOnly:
 
     def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
         rows = 1 if isinstance(text, str) else len(text)
-        # The only unpadded, untruncated call of the tokenizer is the pipeline's check for truncated prompts.
+        # The pipeline's only unpadded, untruncated call is its check for truncated prompts.
         bounded = padding == "max_length" or settings.get("truncation")
         length = (max_length or self.model_max_length) if bounded else 2
         ids = torch.ones(rows, length, dtype=torch.long)
@@ -106,7 +105,7 @@ class TokensOnly:
 
 
 def _tokens(name_or_path: str, name: str) -> int:
-    """Return the largest number of tokens of a prompt, from a tokenizer's configuration in a local folder."""
+    """Return the most tokens that a prompt can have, from a tokenizer's configuration in a local folder."""
     file = Path(name_or_path) / name / "tokenizer_config.json"
     if not file.is_file():
         return PROMPT_TOKENS
@@ -125,12 +124,12 @@ def _family(class_name: str, parts: dict[str, Any]) -> Family:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         return find_family(pipeline_class(**components))
-    except (KeyError, TypeError) as error:  # the pipeline uses something that the substitute tokenizer lacks
+    except (KeyError, TypeError) as error:  # the pipeline uses something that the stand-in lacks
         raise needs_values(class_name) from error
 
 
 def needs_values(name: str) -> UserError:
-    """Return the error to raise for a model whose memory cannot be planned."""
+    """Return the error for a model whose memory cannot be planned."""
     return UserError(
         f"A plan simulates a step on tensors without values, and the tensor shapes of {name} depend on values. Train "
         "with `--max_steps 2` instead, and read the peak of memory from your GPU."
