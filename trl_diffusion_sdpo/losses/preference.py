@@ -329,8 +329,8 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. Exchange
     winner and loser first if the loser has the higher score, so that the target is in `[0, 1]`.
 
-    Source: https://huggingface.co/papers/2502.02588. From this paper, we used only the abstract and the formula above.
-    The paper multiplies the margin by a factor. In this function, the factor is `beta / 2`.
+    Source: https://huggingface.co/papers/2502.02588, of which we used only the abstract and the formula above. The
+    paper multiplies the margin by a factor, here `beta / 2`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -370,7 +370,7 @@ def _dmpo_target(alpha: float) -> float:
 
 
 def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `s x / expm1(s x)` for the error `x`. At `x = 0`, the value is exactly 1 and the gradient is -s/2."""
+    """Return `s x / expm1(s x)` for the error `x`; at `x = 0`, exactly 1 with gradient -s/2."""
     x = scale * error
     small = x < 1e-4
     series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding for small `x`
@@ -410,7 +410,7 @@ class LossSpec:
             the gradient is the gradient of the winner's error times a number of at least 0, else `"error"`.
         reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. A pair whose
             logit is cut at `margin_clamp` then has no gradient.
-        margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
+        margin_clamp (`float`, *optional*): Largest value of the logit. Larger ones are cut to it.
 
     Example:
 
@@ -447,7 +447,7 @@ class LossSpec:
     def past_target(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
         """Return whether each pair's logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
 
-        Return `None` if the loss has no `target_logit`.
+        `None` if the loss has no `target_logit`.
         """
         if self.target_logit is None:
             return None
@@ -625,11 +625,11 @@ def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_k
 def _sum_spec(weights: dict[str, float]) -> LossSpec:
     """Return the [`LossSpec`] of a weighted sum of losses.
 
-    Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
-    the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
-    are equal if those of `a_i` and `b_i` are equal for every loss. They are not equal if a loss does not read the
-    loser, or if DSPO is one of several losses: for DSPO, the safeguard's authors assume equality only without other
-    losses. `a` is positive if every `a_i` is positive. `anchor` is `"branch"` if every loss has this anchor.
+    Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` its weight.
+    The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. Their absolute values are equal if those of
+    every loss are, so not if a loss does not read the loser, nor if DSPO is one of several: the safeguard's authors
+    assume equality only for DSPO alone. `a` is positive if every `a_i` is. `anchor` is `"branch"` if every loss has
+    it.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """
