@@ -187,8 +187,8 @@ class _SavedScores:
 def _score_images(
     source: PairSource, images: Sequence[tuple[int, int]], reader: ImageReader, saved: Sequence[_SavedScores]
 ) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int], str]]:
-    """Score images, and return a hash of pixels and prompt for each readable image, and a reason for each other
-    image. An image is identified by its row and its number within the row."""
+    """Score images. Return a hash of pixels and prompt for each readable one, and a reason for each other one. An image
+    is identified by its row and its number within it."""
     keys = {}
     unreadable = {}
     with ThreadPoolExecutor(usable_cores()) as pool, tqdm(total=len(images), desc="Scoring images") as progress:
@@ -237,7 +237,7 @@ def _columns(source: PairSource) -> tuple[PreferenceFormat, tuple[str, ...], tup
     masks = tuple(f"{side}_mask" for side in SIDES) if len(row_format.mask_columns) == 2 else ()
     read = {*row_format.image_columns, *row_format.prompt_columns, *(row_format.mask_columns if masks else ())}
     written = {*prompts, *SIDES, *masks, *(f"{side}_score" for side in SIDES), *SCORER_COLUMNS, SCALE_COLUMN}
-    # The two images of a group are in two rows, whose other columns would not fit into one row.
+    # A group's two images are in two rows, whose other columns would not fit into one.
     is_copied = row_format.group_column is None
     return row_format, prompts, masks, [name for name in rows.column_names if is_copied and name not in read | written]
 
@@ -277,7 +277,7 @@ def _rows(
 
 
 def _lasting(image: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored image whose path, if it has one, holds in every working directory."""
+    """Return a stored image whose path, if any, holds in every working directory."""
     path = image["path"]
     is_file = image["bytes"] is None and path is not None and "://" not in path
     return {**image, "path": os.path.abspath(path)} if is_file else image
