@@ -175,7 +175,7 @@ def diffusion_preference_loss(
     terms = terms_of(model_pred)
     losses, loss = losses_of(terms)
 
-    # The safeguard has metrics only if the loss reads losers.
+    # Compute metrics, those of the safeguard only if the loss reads losers.
     used_beta = beta if spec.uses_beta else None
     metrics = pair_metrics(terms, beta=used_beta)
     if spec.uses_loser:

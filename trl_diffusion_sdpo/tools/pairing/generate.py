@@ -119,6 +119,7 @@ def generate_pairs(
         )
     _refuse_picks(folder)
 
+    # Generate and score the images.
     evaluation = evaluate_models([model], prompts, scorers, folder, settings)
     if not scorers:
         return 0
@@ -127,6 +128,7 @@ def generate_pairs(
     rewards = combine(scores, weights, pairing.combination)
     judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
 
+    # Pair the images of each prompt.
     scale = asdict(scale_of_rewards(rewards, pairing.combination, names))
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):

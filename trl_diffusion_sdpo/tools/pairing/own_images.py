@@ -98,7 +98,7 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
             f"`pairs from-images` is for your own images, but `evaluate` generated the images of {folder}. Run "
             "`pairs pick` on this folder without `pairs from-images`."
         )
-    # The earlier manifest has a prompt for the hash of an image, or for its name if it has no hash.
+    # Read the images. The earlier manifest has a prompt for the hash of an image, or for its name if it has no hash.
     prompts = {str(row.get(CONTENT, row.get("image"))): str(row.get("prompt", "")) for row in earlier}
     left_out: dict[str, list[str]] = defaultdict(list)
     by_prompt: dict[str, list[_OwnImage]] = defaultdict(list)
@@ -128,6 +128,7 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
                 left_out[FORMER_RATING].append(image.name)
             listed.append(ListedImage(image.name, prompt, _facts(image, row)))
 
+    # Write the manifest and the report.
     reasons = []
     for reason, names in left_out.items():
         more = ", ..." if len(names) > MAX_EXAMPLES else ""

@@ -95,7 +95,7 @@ def pairs_from_images(
     if not listed:
         raise UserError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
 
-    # Each process makes its share of the losers that are missing, after recording what they depend on.
+    # Record what the losers depend on. Each process makes its share of those that are missing.
     peers = peers_of_this_run()
     files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
     facts = facts_of(model, None, [image.prompt for image in listed], settings)
@@ -106,6 +106,7 @@ def pairs_from_images(
     share = [index for index in range(len(listed)) if index not in made][peers.index :: peers.count]
     peers.gather_results(lambda: job.make(share, call_kwargs, size) if share else None)
 
+    # Write the pairs.
     pairs = job.made()
     if not pairs:
         raise UserError(
