@@ -74,7 +74,6 @@ class Family(ABC):
             them.
         guidance_scale (`float`, *optional*): Guidance scale that training gives a guidance-distilled denoiser;
             `None` for all others.
-            training; `None` for all others.
         vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, as many as fit into
             `PIXELS_AT_ONCE` pixels, and at least two.
         prompt_padding (`str`): How `encode_prompts` pads prompts to one length. `"fixed"`: always to the same. `"end"`:

@@ -27,7 +27,7 @@ class FluxFamily(PackedLatentsFamily):
 
     name = "FLUX.1"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # As in the README of diffusers' scripts: training targets have no guidance, which is 1.
+    # As in the README of diffusers' scripts: 1 is no guidance, and training targets have none.
     guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):

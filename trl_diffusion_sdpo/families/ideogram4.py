@@ -89,8 +89,8 @@ class Ideogram4Family(Flux2LatentsFamily):
 
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
         """Keep the frequencies of positions in float32, as in the model's files. DeepSpeed and
-        `pipeline.to(torch.bfloat16)` round them, which gives large positions wrong angles. So also for the
-        unconditional transformer, which sample images may cast."""
+        `pipeline.to(torch.bfloat16)` round them, which gives large positions wrong angles. The same goes for
+        the unconditional transformer, which sample images may cast."""
         _keep_frequencies_exact(denoiser)
         if self.pipeline.unconditional_transformer is not None:
             _keep_frequencies_exact(self.pipeline.unconditional_transformer)

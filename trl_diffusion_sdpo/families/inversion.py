@@ -40,7 +40,7 @@ class InversionSettings:
             below it, so the noise belongs to a lower noise level. An image below the whole grid takes no step, and its
             noisy latents equal its clean latents.
         eta (`float`): Amount of random noise added after each step, in standard deviations of DDIM's next sampling
-            step, as in the code of DDIM-InPO.
+            step, as in the code of DDIM-InPO. 0 adds none.
     """
 
     kind: InversionKind = "ddim"

@@ -47,7 +47,7 @@ class LongCatImageEditFamily(OvisImageFamily):
     """Trains `LongCatImageEditPipeline`, which edits a source image by the prompt.
 
     The text encoder reads prompt and source image together. In the transformer, source tokens follow the noisy latents,
-    and only those have a prediction and an error. The pipeline's call generates about 1024 x 1024 pixels.
+    and have no prediction or error. The pipeline's call generates about 1024 x 1024 pixels.
     """
 
     name = "LongCat-Image-Edit"

@@ -33,7 +33,7 @@ class PixArtHooks(Family):
         "linear_1",
         "linear_2",
     )
-    # Our choice: a tenth of the published 2e-5, which starts from less trained weights.
+    # Our choice: a tenth of the published 2e-5, which is for less trained weights.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # our choice: the same as for other models; PixArt's script has 1e-6
     defaults = DDPM_DEFAULTS

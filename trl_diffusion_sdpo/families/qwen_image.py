@@ -122,7 +122,7 @@ class QwenImageEditFamily(QwenImageFamily):
     """Trains `QwenImageEditPipeline`, which edits a source image by the prompt.
 
     The text encoder reads prompt and source image together. In the transformer, source tokens follow the noisy latents,
-    and only those have a prediction and an error.
+    and have no prediction or error.
     """
 
     name = "Qwen-Image-Edit"

@@ -22,7 +22,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
     Args:
         noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of its D draws
-            of noise, on the CPU, as `errors`.
+            of noise, on the CPU like `errors`.
         errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, then the same two before
             training or under the reference.
 

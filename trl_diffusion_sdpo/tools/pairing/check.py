@@ -43,7 +43,6 @@ def check_pairs(
             the higher score.
         sheet (`Path`, *optional*): HTML file for a contact sheet of the examined pairs with their prompts.
         folder (`Path`, *optional*): Output folder of `pairs pick`. The report also counts its picks by verdict.
-            gives the number of picks with each verdict.
 
     Raises:
         `ValueError`: If training would raise an error for the data set, or the scorer fails.

@@ -45,8 +45,8 @@ class ImageRewardScorer(BatchedScorer):
     """Score how well images fit their prompts by ImageReward 1.0. On the authors' data, scores have mean 0 and standard
     deviation 1.
 
-    `text` encodes the prompt, with cross-attention to the features that `vision` computes from the image, and `head`
-    computes the score from its first token.
+    `text` encodes the prompt, with cross-attention to the image features of `vision`, and `head` computes the score
+    from the encoding's first token.
 
     Args:
         model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`, read with `weights_only=True`.

@@ -119,8 +119,8 @@ class VLMServerScorer(KnownScorer):
         """Return the model's preferences for N pairs of images, `(N,)`: 1 for the first image of a pair, -1 for the
         second, and 0 for a tie.
 
-        The model sees each pair in both orders. Answers that contradict each other make a tie, and one that cannot be
-        parsed NaN.
+        The model sees each pair in both orders. Answers that contradict each other make a tie; one that cannot be
+        parsed gives NaN.
         """
         questions = [COMPARISON.replace("{prompt}", prompt) for prompt in prompts]
         orders = [list(pair) for pair in zip(first, second, strict=True)]
