@@ -162,8 +162,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def __init__(self, scheduler_config: Mapping[str, Any]):
-        """Build the process from a scheduler's configuration. Raise `ValueError` if the scheduler belongs to another
-        process."""
+        """Build the process from a scheduler's configuration. Raise `ValueError` if that belongs to another process."""
 
     def timesteps(
         self,
@@ -302,8 +301,8 @@ class NoiseProcess(ABC):
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`, `(N,)`, float32 in `[0, 1]`.
 
-        For flow matching, it is sigma. For DDPM, it is the sigma at which flow matching has the same signal-to-noise
-        ratio, so noise levels of different schedules can be compared.
+        For flow matching, this is sigma; for DDPM, the sigma at which flow matching has the same signal-to-noise ratio,
+        so that noise levels of different schedules can be compared.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
@@ -497,8 +496,7 @@ class FlowMatchingProcess(NoiseProcess):
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return one random generator on the CPU for each seed, so that a pair's random numbers do not depend on the rest
-    of its batch."""
+    """Return one CPU generator for each seed, so that a pair's random numbers do not depend on its batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
@@ -510,8 +508,8 @@ def uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
 def standard_normal(
     shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return standard normal noise of a shape `(N, ...)` on a device, row i drawn by the i-th of N CPU generators. The
-    copy to the device is asynchronous."""
+    """Return standard normal noise `(N, ...)` on a device, row i drawn by the i-th of N CPU generators. The copy is
+    asynchronous."""
     noise = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type not in WITHOUT_PINNED_MEMORY)
     for row, generator in zip(noise, generators, strict=True):
         row.normal_(generator=generator)

@@ -186,7 +186,7 @@ def diffusion_preference_loss(
     return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
 
 
-# ---- Metrics. Reward metrics have the names of TRL, the other metrics the names of the paper ------------------------
+# ---- Metrics. Reward metrics have the names of TRL, the others those of the paper -----------------------------------
 
 
 def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Ten
 
     Args:
         terms ([`PairTerms`]): Terms of the pairs.
-        beta (`float`, *optional*): Factor beta of the rewards. Without it, there are none.
+        beta (`float`, *optional*): Factor of the rewards. Without it, there are none.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the

@@ -78,8 +78,7 @@ class PairTerms:
 
         It is the policy's log-odds of preferring the winner.
 
-        Source: https://huggingface.co/papers/2311.12908, equation 14. The constant factor of that equation is
-        `beta / 2` here.
+        Source: https://huggingface.co/papers/2311.12908, equation 14, whose constant factor is `beta / 2` here.
         """
         logit = -0.5 * beta * (self.winner_change - self.loser_change)
         return logit if self.margin_clamp is None else logit.clamp(max=self.margin_clamp)
@@ -143,8 +142,8 @@ def pair_terms(
 
 
 def weighted_errors(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs'
-    timestep weights `(B,)`."""
+    """Split errors `(2B,)` into winners' and losers', each `(B,)`, and multiply both by the pairs' timestep weights
+    `(B,)`."""
     winner, loser = errors.chunk(2)
     return (winner, loser) if weights is None else (winner * weights.to(winner), loser * weights.to(loser))
 
@@ -186,7 +185,7 @@ def hinge_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the IPO loss of each pair, `(u / beta - 1 / (2 beta))^2` of its logit `u`, `(B,)`.
 
-    The loss is smallest at `u = 1/2`.
+    It is smallest at `u = 1/2`.
 
     Source: https://huggingface.co/papers/2310.12036, equation 17.
     """
@@ -262,9 +261,8 @@ def mapo_loss(
 ) -> torch.Tensor:
     """Return the MaPO loss of each pair, `err_w - beta logsigmoid(T (f(err_w) - f(err_l)))`, `(B,)`.
 
-    The function is `f(x) = s x / expm1(s x)` with `s = mapo_scale`, and the temperature is `T = mapo_temperature`. `f`
-    falls from 1 at `x = 0`, so `f(err_w) - f(err_l)` is positive if the loser's error exceeds the winner's. The loss
-    needs no reference.
+    `f(x) = s x / expm1(s x)` with `s = mapo_scale`, and `T = mapo_temperature`. `f` falls from 1 at `x = 0`, so
+    `f(err_w) - f(err_l)` is positive if the loser's error exceeds the winner's. Needs no reference.
 
     Source: https://huggingface.co/papers/2406.06424 and its code.
     """
@@ -275,7 +273,7 @@ def mapo_loss(
 def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> torch.Tensor:
     """Return the SimPO loss of each pair, `-logsigmoid(-(beta / 2)(err_w - err_l) - simpo_gamma)`, `(B,)`.
 
-    The loss needs no reference.
+    Needs no reference.
 
     Source: https://huggingface.co/papers/2405.14734, equation 6, with errors in place of log-likelihoods.
     """
@@ -309,12 +307,12 @@ def smpo_loss(
 ) -> torch.Tensor:
     """Return the loss of smoothed preference optimization (SmPO), `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
-    `u` is the logit and `c` is `smpo_coefficient`. `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
+    `u` is the logit, `c` is `smpo_coefficient`, and `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
     probability that the winner is preferred. Exchange winner and loser first if the loser has the higher score, so that
     `p` is at least 0.5.
 
-    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. The module `families.inversion`
-    implements the noise inversion of the same paper.
+    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. Its noise inversion is in
+    `families.inversion`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores

@@ -53,7 +53,7 @@ def evaluate_models(
     """Generate images with all models, score them, and compare each model with the first.
 
     Images and scores are saved in `output_dir`: call it again with the same arguments to continue after an
-    interruption. Several processes of accelerate share the work.
+    interruption. Processes that accelerate launches share the work.
 
     Args:
         candidates (`Sequence[Candidate]`): The models, the base model first.

@@ -336,8 +336,8 @@ def saturation(images: np.ndarray) -> float:
 
 
 def diversity(images: np.ndarray) -> float:
-    """Return the mean distance between two images of one prompt: the root mean squared difference of pixel values in
-    `[0, 1]`.
+    """Return the mean distance (root mean squared difference of pixel values in `[0, 1]`) between two images of one
+    prompt.
 
     Args:
         images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): Images of one prompt.

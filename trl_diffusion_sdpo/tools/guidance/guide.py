@@ -95,7 +95,7 @@ class Guide:
 
     def _branches_of_calls(self, call: DenoiserCall) -> Branches:
         """Return the branches for pipelines that call the denoiser twice per step, for the prompts and then for the
-        negative prompts. The second call of a step has the same latents as the first."""
+        negative prompts, with the same latents."""
         schedule = self._family.pipeline.scheduler.timesteps  # a new tensor each time the pipeline is called
         follows = call.latents is self._latents and schedule is self._schedule
         self._latents = call.latents

@@ -84,9 +84,9 @@ def generate_pairs(
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
-        scorers (`Sequence[Scorer]`): The scorers. Without any, only images are written, for a person to judge with
-            `pairs pick`. A judge such as `vlm_judge` compares the images of neighbouring seeds: first and second, third
-            and fourth, and so on. A chosen image must then have won its comparison, and a rejected one lost it.
+        scorers (`Sequence[Scorer]`): The scorers. Without any, only images are written, for `pairs pick`. A judge such
+            as `vlm_judge` compares the images of neighbouring seeds: first and second, third and fourth, and so on. A
+            chosen image must then have won its comparison, and a rejected one lost it.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -171,8 +171,8 @@ def pairs_of_negatives(
     """Write `pairs.jsonl` for training: each chosen image of a model is paired with one that the model generates from
     the same noise with worse settings. Needs no scorer.
 
-    The command line's worse settings are no guidance, by default. Call it again with the same arguments to continue
-    after an interruption.
+    By default, the command line's worse settings have no guidance. Call it again with the same arguments to
+    continue after an interruption.
 
     Args:
         model (`Candidate`): The model.
@@ -300,8 +300,7 @@ def _pairs(
 ) -> list[tuple[int, int]]:
     """Return the pairs (chosen, rejected) of one prompt's images, those with the largest difference in reward first.
 
-    With the verdicts of `_judge_neighbours` in `judged`, only images with 1 can be chosen, and only those with -1
-    rejected.
+    Given the verdicts of `_judge_neighbours`, only images with 1 can be chosen, and only those with -1 rejected.
     """
     images = np.flatnonzero(np.isfinite(rewards))
     allowed = [

@@ -41,9 +41,9 @@ COPIED = "images that look like another image of the same prompt (`--keep_duplic
 FORMER_RATING = "ratings of the earlier manifest that are not those of stars or subfolders"
 COARSE = (16, 16)  # sizes of thumbnails
 FINE = (32, 32)
-NEARLY_EQUAL = 8  # largest difference of two equal thumbnails in any pixel and channel, on a scale of 0 to 255
-# Largest relative difference in sharpness of an image and its copy. Saving as JPEG or WebP changes it by up to a tenth,
-# a blur with a radius of one pixel by a half.
+NEARLY_EQUAL = 8  # largest difference of equal thumbnails in any pixel and channel, on a scale of 0 to 255
+# Largest relative difference in sharpness of an image and its copy. JPEG or WebP changes it by up to a tenth, a blur
+# with a radius of one pixel by a half.
 EQUALLY_SHARP = 0.12
 _COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 
@@ -153,8 +153,8 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, Path | None, int]]:
-    """Yield each image or caption of a folder, with the text file beside it, and 1 or -1 if it is in a subfolder of
-    liked or disliked images."""
+    """Yield each image or caption of a folder, the text file beside it, and 1 or -1 in a subfolder of liked or disliked
+    images."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = {part.lower() for part in Path(parent).relative_to(folder).parts}

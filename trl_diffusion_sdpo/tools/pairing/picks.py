@@ -114,7 +114,7 @@ class PickLog:
 
     @property
     def last(self) -> Pick | None:
-        """The last pick that was not undone."""
+        """The last pick not undone."""
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
@@ -162,8 +162,8 @@ class PickLog:
             self.prompts[entry["prompt"]] = entry["edited"]
 
     def _name_now(self, name: str, content: str | None) -> str:
-        """Return the name under which the manifest lists an image of a pick, or `""` if the file of that name now has
-        other pixels. An image that is no longer listed keeps its name."""
+        """Return the manifest's name for an image of a pick, or `""` if the file of that name now has other pixels. An
+        image that is no longer listed keeps its name."""
         image = self._images.get(name)
         known = [] if image is None else image.contents
         if image is not None and (content is None or not known or content in known):
@@ -201,8 +201,8 @@ class PairsFile:
         self._lines: dict[tuple[str, str, str], bytes] = {}  # chosen image, rejected image and prompt -> line
 
     def write(self, log: PickLog, gone: Collection[str] = ()) -> tuple[int, Counter[str]]:
-        """Write the file. Return the number of pairs, and how many picks give none because of what happened to their
-        images, by reason. `gone` names images whose files were deleted."""
+        """Write the file. Return the number of pairs, and how many picks give none because of their images, by reason.
+        `gone` names images whose files were deleted."""
         preferred = [
             (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
             for pick in log.picks.values()

@@ -178,8 +178,8 @@ def _stripped(content: bytes) -> bytes:
 
 
 def _jpeg_without_metadata(content: bytes, exif: bytes) -> bytes:
-    """Return a JPEG file with this EXIF in place of its metadata, and without what some cameras append, such as a video
-    with its place. Its pixels are not encoded anew."""
+    """Return a JPEG file with this EXIF in place of its metadata, without what some cameras append, such as a video
+    with its place, and with the pixels not encoded anew."""
     kept = [content[:2], b"\xff\xe1", (len(exif) + 2).to_bytes(2, "big"), exif]
     start = 2
     while content[start : start + 2] != _JPEG_PIXELS:

@@ -137,7 +137,7 @@ class _Losers:
         return self.folder / "images" / kind / f"{index:05d}.png"
 
     def made(self) -> list[int]:
-        """Return the indices of the images whose loser has been made."""
+        """Return the indices of the images that have a loser."""
         return [index for index in range(len(self.listed)) if self.file("rejected", index).is_file()]
 
     def make(self, indices: Sequence[int], call_kwargs: dict[str, Any], size: tuple[int | None, int | None]) -> None:
@@ -210,8 +210,8 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
 
 
 def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
-    """Return the image in a file, cropped and resized to `size` (width, height); a side that is `None` there is cropped
-    to a multiple of 16 pixels. If the image is unusable or too small, log why and return `None`."""
+    """Return the image in a file, cropped and resized to `size` (width, height), or cropped to a multiple of 16 pixels
+    where that is `None`. If the image is unusable or too small, log why and return `None`."""
     try:
         image = ImageReader().decode(path)
     except UndecodableImageError as error:

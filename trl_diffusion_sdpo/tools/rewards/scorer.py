@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
-    """A callable that scores images for their prompts. Higher is better.
+    """Callable that scores images for their prompts; higher is better.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): N images.
