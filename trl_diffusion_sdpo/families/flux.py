@@ -27,7 +27,7 @@ class FluxFamily(PackedLatentsFamily):
 
     name = "FLUX.1"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # As in the README of diffusers' scripts: 1 is no guidance, and training targets have none.
+    # 1 is no guidance, as in the README of diffusers' scripts: training targets have none.
     guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -95,7 +95,7 @@ class FluxKontextFamily(FluxFamily):
         return processor.preprocess(processor.resize(source, height, width), height, width)
 
     def source_size(self, source: Image.Image) -> tuple[int, int]:
-        """Return the `(height, width)` to which the pipeline resizes a source: the Kontext resolution with the nearest
+        """Return the `(height, width)` that the pipeline gives a source: the Kontext resolution with the nearest
         aspect ratio."""
         height, width = self.pipeline.image_processor.get_default_height_width(source)
         ratio = width / height

@@ -134,7 +134,7 @@ class Flux2Family(Flux2Hooks):
     """
 
     name = "FLUX.2"
-    # As in the README of diffusers' script: 1 is no guidance, and training targets have none.
+    # 1 is no guidance, as in the README of diffusers' script: training targets have none.
     guidance_scale = 1.0
 
 

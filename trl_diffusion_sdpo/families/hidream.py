@@ -36,7 +36,7 @@ class RoutedExperts(nn.Module):
         """
         experts, weights, _ = self.gate(hidden_states)  # both (N * tokens, number of experts per token)
         tokens = hidden_states.flatten(0, -2)
-        order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
+        order = experts.flatten().argsort(stable=True)  # the first expert's tokens, then the second's, ...
         numbers = torch.arange(len(self.experts), device=experts.device)
         counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # `tolist` waits for the device
         parts = tokens[order // experts.shape[1]].split(counts)

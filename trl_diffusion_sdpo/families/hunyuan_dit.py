@@ -97,7 +97,7 @@ class HunyuanDiTFamily(Family):
             "encoder_hidden_states_t5": conditioning["prompt_embeds_2"].to(dtype).contiguous(),
             "image_meta_size": conditioning["image_meta_size"].contiguous(),
             "text_embedding_mask_t5": conditioning["prompt_attention_mask_2"],
-            "style": torch.zeros_like(timesteps, dtype=torch.long),  # style 0, the only one that exists
+            "style": torch.zeros_like(timesteps, dtype=torch.long),  # the only style
             "image_rotary_emb": self._rotary_embedding(latents),
         }
 

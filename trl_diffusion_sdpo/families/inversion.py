@@ -1,4 +1,4 @@
-"""Noise inversion: find the noise from which the model's own sampler would generate a given image.
+"""Noise inversion: find the noise from which the model's own sampler would generate an image.
 
 Losses can use this noise in place of random noise.
 

@@ -14,7 +14,7 @@ from .base import no_autocast
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
 
-SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
+SOURCE_AREA = 1024 * 1024  # pixels of a resized source image
 
 
 class LongCatImageFamily(OvisImageFamily):

@@ -173,7 +173,7 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor:
-        """Turn uniform random numbers into timesteps of a given distribution.
+        """Turn uniform random numbers into timesteps of a distribution.
 
         Args:
             uniform (`torch.Tensor` of shape `(N,)`): Uniform random numbers in `[0, 1]`.

@@ -30,7 +30,7 @@ class QwenImageLatentsFamily(Family):
     patch_size = 2
     conditional_rows = "all"
     prompt_padding: ClassVar[PromptPadding] = "end"
-    max_sequence_length = 512  # longer prompts are truncated to this number of tokens, the pipeline's default
+    max_sequence_length = 512  # tokens, the pipeline's default; longer prompts are truncated
 
     def check_pipeline(self) -> None:
         super().check_pipeline()

@@ -20,7 +20,7 @@ from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
 SLOT = 2  # in the text encoder's sequence, one token of an image covers a square of latents with this side
-SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
+SOURCE_AREA = 1024 * 1024  # pixels of a resized source image
 
 
 class QwenImage21Family(QwenImageLatentsFamily):

@@ -58,7 +58,7 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
 
 
 def known_pipeline_classes() -> list[str]:
-    """Return the names of all pipeline classes that have a family."""
+    """Return the names of all pipeline classes with a family."""
     return list(dict.fromkeys([*FAMILIES, *_registered, *(entry.name for entry in _entry_points())]))
 
 

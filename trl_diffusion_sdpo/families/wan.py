@@ -11,7 +11,7 @@ import torch
 from ..utils.errors import UserError
 from .base import Family, channel_statistics, check_in_channels
 
-MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this number of tokens, the pipeline's default
+MAX_SEQUENCE_LENGTH = 512  # tokens to which every prompt is padded, the pipeline's default
 
 
 class WanFamily(Family):

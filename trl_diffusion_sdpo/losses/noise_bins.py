@@ -8,7 +8,7 @@ NOISE_BINS = 8  # number of noise bins of a run
 
 
 def noise_bin_of(noise_levels: torch.Tensor, num_noise_bins: int = NOISE_BINS) -> torch.Tensor:
-    """Return the number of the noise bin of each noise level in `[0, 1]`, int64. Bins are equally wide."""
+    """Return the noise bin of each noise level in `[0, 1]`, int64. Bins are equally wide."""
     return (noise_levels * num_noise_bins).long().clamp(0, num_noise_bins - 1)
 
 
@@ -18,7 +18,7 @@ def noise_range_weights(noise_levels: torch.Tensor, low: float, high: float) -> 
 
 
 def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of how much the policy's errors differ from the reference's, in each noise bin and over all pairs.
+    """Return how much the policy's errors differ from the reference's, in each noise bin and over all pairs.
 
     Args:
         noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of its D draws
@@ -67,7 +67,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
 
 def preference_learned(errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of how often, and by how much, the loser's error rose more than the winner's.
+    """Return how often, and by how much, the loser's error rose more than the winner's.
 
     Args:
         errors (`torch.Tensor` of shape `(P, D, 4)`): Errors of at least two pairs, as in [`noise_bin_changes`].

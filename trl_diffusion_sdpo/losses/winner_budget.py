@@ -73,7 +73,7 @@ class BudgetController:
         change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
         unmet = (change > self.budget) & (self.scale == 0)  # they exceed the budget without any losers
         move = (GAIN * (1 - change / self.budget)).clamp(-MAX_MOVE, MAX_MOVE)
-        largest = torch.where(unmet, move, torch.inf).min()  # infinite if `unmet` is false for every bin
+        largest = torch.where(unmet, move, torch.inf).min()  # infinite if no bin is unmet
         self.log_scale = (self.log_scale + torch.minimum(move, largest)).clamp(min=math.log(MIN_SCALE / 2), max=0.0)
         count = visited.sum()
         return {

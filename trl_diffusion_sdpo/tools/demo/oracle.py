@@ -13,7 +13,7 @@ from PIL import Image
 from ..rewards import FunctionScorer
 from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPE_AREA, SHAPES, inside, parse_caption
 
-COLOUR_REACH = 0.6  # colours at this RGB distance from the captioned one score 0
+COLOUR_REACH = 0.6  # colours this RGB distance from the captioned one score 0
 CENTRE_REACH = 8.0  # objects this many pixels off centre score 0 for their position
 CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # an edge 1 pixel wide scores 1, one 4 pixels wide 0
 MIN_CONTRAST = 0.15  # smallest RGB distance between an object and the background

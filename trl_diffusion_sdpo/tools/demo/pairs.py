@@ -1,4 +1,4 @@
-"""Make preference pairs of the toy world: two drawings of a prompt, of which the oracle decides which one is chosen."""
+"""Make preference pairs of the toy world: two drawings of a prompt, of which the oracle chooses one."""
 
 import io
 import json
@@ -17,12 +17,11 @@ FEATURES = Features(
     {"prompt": Value("string"), "chosen": Image(), "rejected": Image()}
     | {name: Value("float32") for name in ("chosen_score", "rejected_score")}
 )
-_TRAIN_KEY, _EVAL_KEY = 1, 2  # part of the seeds, so that the two sets of pairs differ
+_TRAIN_KEY, _EVAL_KEY = 1, 2  # part of the seeds: the two sets of pairs must differ
 
 
 def off_policy_pairs(seed: int = 0, per_prompt: int = 14, margin: float = 0.05) -> Dataset:
-    """Return training pairs of two flawed drawings of one prompt, of which the one with the higher oracle score is
-    chosen.
+    """Return training pairs of two flawed drawings of one prompt. The higher oracle score is chosen.
 
     Args:
         seed (`int`): Seed of the drawings' random flaws.

@@ -51,7 +51,7 @@ class Caption:
 
 
 def captions() -> list[Caption]:
-    """Return all 72 captions, ordered by colour, then by shape, then by background."""
+    """Return all 72 captions, ordered by colour, shape and background."""
     return [Caption(*words) for words in itertools.product(COLOURS, SHAPES, BACKGROUNDS)]
 
 

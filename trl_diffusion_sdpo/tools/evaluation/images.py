@@ -98,7 +98,7 @@ class ImageSettings:
             )
 
     def noise_seed(self, prompt: str, seed: int) -> int:
-        """Return the seed of the random generator for an image's initial noise."""
+        """Return the seed of `generator`."""
         if self.noise == "shared":
             return seed % 2**64  # as torch maps negative seeds
         return int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:4], "big")
@@ -115,12 +115,12 @@ def peers_of_this_run() -> Peers:
 
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
-    """Return the path of the image that a model generates for a prompt and seed."""
+    """Return the path of a model's image for a prompt and seed."""
     return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
 
 
 def settings_path(folder: Path, candidate: str) -> Path:
-    """Return the path of the file that records how a model's images were generated."""
+    """Return the path of the record of how a model's images were generated."""
     return folder / "images" / candidate / SETTINGS_FILE
 
 

@@ -1,4 +1,4 @@
-"""Write the report of an evaluation: an HTML page that works offline, and the same results as Markdown."""
+"""Write the report of an evaluation: an HTML page that works offline, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _means_table(evaluation: Evaluation) -> list[list[str]]:
 
 
 def html_report(folder: Path, evaluation: Evaluation) -> str:
-    """Return the report as an HTML page, which contains its images and needs no network."""
+    """Return the report as an HTML page with its images, which needs no network."""
     base, *others = evaluation.models
     swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
     single = [model for model in others if model not in swept]

@@ -20,7 +20,7 @@ from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
 SHOWN_SIDE = 256  # longer side of images in the contact sheet, in pixels
-EXAMINED = 500  # largest number of pairs to examine
+EXAMINED = 500  # most pairs to examine
 
 
 def check_pairs(

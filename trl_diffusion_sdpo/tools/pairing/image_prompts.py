@@ -23,8 +23,7 @@ _WINDOWS_RATING = 0x4746  # EXIF tag
 
 
 def prompt_in_metadata(image: Image.Image) -> str:
-    """Return the prompt from which an image was generated, or an empty string if its metadata has none, without
-    decoding pixels."""
+    """Return the prompt in an image's metadata, or an empty string, without decoding pixels."""
     texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
     exif = image.getexif()
     comment = _comment(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
@@ -50,7 +49,7 @@ def rating_in_metadata(image: Image.Image) -> float | None:
 
 
 def _prompt_of_parameters(text: str) -> str:
-    """Return the prompt in the text that A1111 and Forge write, or in the JSON of SwarmUI."""
+    """Return the prompt in the text of A1111 and Forge, or in the JSON of SwarmUI."""
     if text.lstrip().startswith("{"):
         content = _json(text)
         inner = content.get("sui_image_params", content)

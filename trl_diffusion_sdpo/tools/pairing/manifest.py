@@ -52,7 +52,7 @@ class ListedImage:
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
-    """Return the images in a folder's manifest, and the number of skipped lines for each reason."""
+    """Return the images in a folder's manifest, and how many lines were skipped, by reason."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise UserError(

@@ -43,7 +43,7 @@ class RankOrder:
                 self._rate(prompt, names, picks.get(prompt, []))
 
     def update(self, prompt: str, gone: set[str]) -> None:
-        """Rate the images of a prompt again after a pick, without the deleted ones in `gone`."""
+        """Rate the images of a prompt again after a pick, without those in `gone`."""
         names = [name for name in self._names[prompt] if name not in gone]
         self._rate(prompt, names, self._log.picks.values())
 
@@ -60,7 +60,7 @@ class RankOrder:
         self.groups[prompt] = Group(names, compared)
 
     def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
-        """Iterate over the pairs of images to judge, those first whose pick would tell most about the ratings."""
+        """Iterate over the pairs to judge, those first whose pick would tell most about the ratings."""
         offers = heapq.merge(*(group.offers for group in self.groups.values()), key=lambda offer: -offer[0])
         return ((first, second) for _, first, second in offers)
 
@@ -182,10 +182,10 @@ class BlindOrder:
         self.alone = len(images) - len({name for pair in self._pairs for name in pair})  # images in no pair
 
     def update(self, prompt: str, gone: set[str]) -> None:
-        """Do nothing: the order does not depend on picks."""
+        """Do nothing: picks do not change the order."""
 
     def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
-        """Iterate over the pairs without a pick, and without the deleted images in `gone`."""
+        """Iterate over the pairs without a pick and without images in `gone`."""
         picks = self._log.picks
         return (pair for pair in self._pairs if frozenset(pair) not in picks and not gone.intersection(pair))
 

@@ -63,7 +63,7 @@ class _OwnImage:
 
 
 class _LeftOutError(Exception):
-    """Error for an image that is left out of the manifest. Its message says which images these are."""
+    """Error for an image to leave out of the manifest. Its message names the kind."""
 
 
 def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool = False) -> list[str]:

@@ -145,7 +145,7 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
 
 
 def _without_metadata(*files: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return undecoded images with the contents of their files, without metadata of photographs."""
+    """Return undecoded images with their files' contents, without metadata of photographs."""
     images = {}
     for name, file in zip(columns, files, strict=True):
         content = file["bytes"] or Path(file["path"]).read_bytes()

@@ -1,4 +1,4 @@
-"""Serve the pick page on this machine: one HTML page, the images of the manifest, and a JSON interface.
+"""Serve the pick page: one HTML page, the images of the manifest, and a JSON interface.
 
 A request's `Host` header must name this server, as a defence against DNS rebinding by other sites, and its path must
 contain the secret token. A POST request's `Origin` header must be the address of the page.

@@ -50,9 +50,9 @@ class PickSession:
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
         if isinstance(self.order, BlindOrder) and self.order.alone:
             self.left_out["without an image of the same prompt and seed to compare"] = self.order.alone
-        self.gone: set[str] = set()  # names of images whose files were deleted while the page was open
+        self.gone: set[str] = set()  # images whose files were deleted while the page was open
         self.pairs = 0  # number of pairs in `pairs.jsonl`
-        self.unused: Counter[str] = Counter()  # picks that give no pair because of their images, by reason
+        self.unused: Counter[str] = Counter()  # picks without a pair because of their images, by reason
         self.problem = ""  # error message if `pairs.jsonl` could not be written
         self._shown: dict[str, frozenset[str]] = {}  # tab -> its pair
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}

@@ -175,7 +175,7 @@ def hpsv2(
     name: str = "hpsv2",
     **settings: Any,
 ) -> CLIPScorer:
-    """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 that was tuned on human votes. Usual scores are
+    """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 tuned on human votes. Usual scores are
     0.25 to 0.33.
 
     Arguments are those of [`hpsv21`].

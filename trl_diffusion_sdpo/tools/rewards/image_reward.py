@@ -1,4 +1,4 @@
-"""Score images with ImageReward 1.0: BLIP with a head that was trained on images ranked by people."""
+"""Score images with ImageReward 1.0: BLIP with a head trained on images that people ranked."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def published_vision() -> BlipVisionConfig:
 
 
 def text_config(med_config: Mapping[str, Any]) -> BlipTextConfig:
-    """Return the configuration of the text encoder, built from the published `med_config.json`."""
+    """Return the configuration of the text encoder, from the published `med_config.json`."""
     return BlipTextConfig(
         **{name: value for name, value in med_config.items() if name not in ("architectures", "model_type")},
         encoder_hidden_size=med_config["encoder_width"],

@@ -88,7 +88,7 @@ class BatchedScorer(KnownScorer, ABC):
     Args:
         name (`str`): Name in tables and files. Scorers with different scores need different names.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the scorer's model.
-        batch_size (`int`, *optional*, defaults to `16`): Number of images per batch.
+        batch_size (`int`, *optional*, defaults to `16`): Images per batch.
 
     Raises:
         `ValueError`: If `batch_size` is below 1, or when the scorer is called, if the numbers of images and prompts
@@ -104,7 +104,7 @@ class BatchedScorer(KnownScorer, ABC):
 
     @abstractmethod
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        """Return the scores `(N,)` of one batch of N RGB images, where N is at most `batch_size`."""
+        """Return the scores `(N,)` of a batch of N RGB images, at most `batch_size`."""
 
     def to(self, device: str | torch.device) -> None:
         """Move the scorer's networks to a device."""
@@ -238,7 +238,7 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
 
 
 def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
-    """Return a decorator that registers a function or class under a name, for [`load_scorer`] to build a scorer with.
+    """Return a decorator that registers a function or class from which [`load_scorer`] builds a scorer of this name.
 
     Raises:
         `ValueError`: If the name is already registered or contains a colon.
@@ -374,7 +374,7 @@ def describe_scorer(scorer: Scorer) -> dict[str, Any]:
 
 
 def scale_of(scorer: Scorer) -> ScoreScale:
-    """Return the scale of a scorer's scores under the scorer's name."""
+    """Return the scale of a scorer's scores, under its name."""
     known = scorer.score_scale if isinstance(scorer, KnownScorer) else ScoreScale()
     return replace(known, scorer=scorer.name)
 
@@ -401,7 +401,7 @@ def saved_scores(folder: Path, scorer: Scorer) -> Path:
 
 
 def file_name(scorer: str) -> str:
-    """Return a scorer's name as the name of a file."""
+    """Return a scorer's name as a file name."""
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in scorer)
 
 
