@@ -31,9 +31,9 @@ class LossDefaults:
 
 # Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
 # https://huggingface.co/papers/2406.06424 for MaPO's beta; the script of https://huggingface.co/papers/2506.02698 for
-# SmPO's. Our choices: simpo's logit gets the slope beta / 2 of MaPO's logit at error 0, T s / 2 = 250. capo gets half
-# of sigmoid's beta: at margin 0, its slope then equals sigmoid's for a pair whose images' expected shares of wins
-# differ by 1/2.
+# SmPO's. Our choices: simpo's beta makes the slope of its logit, beta / 2, that of MaPO's at error 0, T s / 2 = 250.
+# capo has half of sigmoid's beta: at margin 0, its slope then equals sigmoid's for a pair whose images' expected shares
+# of wins differ by 1/2.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
     "capo": LossDefaults(beta=2500.0, safeguard_mu=0.9),
@@ -53,12 +53,12 @@ STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
     "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
 }
-# Nothing is published for other DDPM models. We use SDXL's settings, whose image sizes are similar.
+# Nothing is published for other DDPM models. We use those of SDXL, whose image sizes are similar.
 DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # All numbers for flow models are our choice. beta is 2000 for full training and 100 for a LoRA, as is usual for
 # Diffusion-DPO there: velocity errors are larger than noise errors. mu is SDXL's, because
-# https://huggingface.co/papers/2511.03317 states none for a flow model. simpo's beta is a tenth of the fallback's, and
-# those of dspo, mapo and linear are the same, as in the tables above.
+# https://huggingface.co/papers/2511.03317 states none for a flow model. simpo's beta is a tenth of the fallback's, as
+# in the tables above; dspo, mapo and linear have the same beta as there.
 FLOW_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
     "capo": LossDefaults(beta=1000.0, safeguard_mu=0.6, beta_lora=50.0),
