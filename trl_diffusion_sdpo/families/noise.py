@@ -398,7 +398,7 @@ class FlowMatchingProcess(NoiseProcess):
     """Linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`.
 
     The target is the velocity `noise - x_0`. A timestep is `num_train_timesteps * sigma`, in float32 and not rounded.
-    Sampled noise levels are shifted as in the pipeline, by a constant or depending on the number of image tokens.
+    Sampled noise levels are shifted as in the pipeline, by a constant or the more, the more image tokens there are.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`
