@@ -22,10 +22,10 @@ class AuraFlowFamily(Family):
 
     name = "AuraFlow"
     frozen_components = ("vae", "text_encoder")
-    # Our choice: the targets of diffusers' LoRA script for Stable Diffusion 3, whose joint blocks are similar.
-    # Diffusers has no LoRA script for AuraFlow. Only AuraFlow's four joint blocks have text projections.
+    # Our choice: the targets of diffusers' LoRA script for Stable Diffusion 3, whose joint blocks are similar; there is
+    # none for AuraFlow. Only its four joint blocks have text projections.
     lora_target_modules = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
-    learning_rate_full = 1e-6  # our choice, because no rate is published and the model is large (6.8B parameters)
+    learning_rate_full = 1e-6  # our choice for a large model (6.8B parameters); no rate is published
     learning_rate_lora = 1e-4  # our choice: the usual rate in diffusers' LoRA scripts
     patch_size = 2
 
@@ -35,7 +35,7 @@ class AuraFlowFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, or less if the transformer has too few position embeddings."""
+        """Default image size of the pipeline's call, or less if the transformer has too few position embeddings."""
         return min(CALL_RESOLUTION, self._positions_per_side * self.patch_size * self.vae_scale_factor)
 
     @property
@@ -43,8 +43,8 @@ class AuraFlowFamily(Family):
         return math.isqrt(self.denoiser.config.pos_embed_max_size)
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise `ValueError` if an image has more tokens along a side than the transformer has position embeddings. The
-        transformer itself would silently give several tokens the same embedding."""
+        """Raise `ValueError` if an image has more tokens along a side than the transformer has position embeddings:
+        it would silently give several tokens the same one."""
         largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > largest:
             raise UserError(

@@ -20,11 +20,10 @@ from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
 from .pipeline_classes import PIPELINE_CLASSES
 
-# Most pixels that the VAE encodes at once: its activations for a whole micro-batch would set peak memory.
+# Most pixels that the VAE encodes at once: activations for a whole micro-batch would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
 
-# Query, key, value and output projections of joint attention, for image and text. Diffusers' LoRA script for SD3
-# trains exactly these projections.
+# Query, key, value and output projections of joint attention, for image and text, as in diffusers' LoRA script for SD3.
 JOINT_ATTENTION_TARGETS = (
     "attn.to_k",
     "attn.to_q",
@@ -36,7 +35,7 @@ JOINT_ATTENTION_TARGETS = (
     "attn.to_add_out",
 )
 
-SOURCE = "source_"  # prefix of the keys under which conditioning has the latents of source images
+SOURCE = "source_"  # prefix of the keys of source images' latents in conditioning
 
 PromptPadding = Literal["fixed", "end", "end, shifting the image", "start"]
 
@@ -51,42 +50,40 @@ class Family(ABC):
 
     Args:
         pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is not modified and may lack
-            components that are not used. `check_pipeline` says whether it can train.
+            unused components. `check_pipeline` says whether it can train.
 
     Attributes:
         name (`str`): Name of the family in messages.
-        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. Saved pipelines
-            of any of them are loaded as the first, the text-to-image pipeline. Families of this package list them in
+        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes to train. Saved pipelines of any of them are
+            loaded as the first, the text-to-image pipeline. Families of this package list them in
             `pipeline_classes.py`.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names, if diffusers
             does not export it.
         denoiser_name (`str`): Name of the component that trains, `"transformer"` by default or `"unet"`.
         frozen_components (`tuple[str, ...]`): Components that training uses but does not train, such as `"vae"` and
             `"text_encoder"`.
-        lora_target_modules (`tuple[str, ...]`): Default `target_modules` of a LoRA: modules whose name ends with one
-            of these.
+        lora_target_modules (`tuple[str, ...]`): Default `target_modules` of a LoRA: endings of module names.
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
         defaults (`Mapping[str, LossDefaults]`): Default settings by loss name, `FALLBACK` for all losses without an
             entry. By default, those of flow models.
-        noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the scheduler's
-            configuration. By default, flow matching.
+        noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, built from the scheduler's configuration.
+            By default, flow matching.
         weighting_scheme (`str`): Default density of training timesteps, a `scheme` of [`TimestepSampling`].
-        patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size`
-            latents.
-        guidance_scale (`float`, *optional*): Guidance scale that a guidance-distilled denoiser gets as an input in
-            training; `None` for all others.
+        patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size` of
+            them.
+        guidance_scale (`float`, *optional*): Guidance scale that training gives a guidance-distilled denoiser;
+            `None` for all others.
         vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, as many as fit into
             `PIXELS_AT_ONCE` pixels, and at least two.
-        prompt_padding (`str`): How `encode_prompts` pads prompts to one length. `"fixed"`: always to the same length.
-            `"end"`: to the longest prompt of the batch, with masked zeros at the end. `"end, shifting the image"`: like
-            `"end"`, but the position ids of image tokens depend on the padded length. `"start"`: to the longest prompt
-            of the batch, with unmasked tokens at the start, so that a prompt's embedding depends on the other prompts
-            of its batch.
+        prompt_padding (`str`): How `encode_prompts` pads prompts to one length. `"fixed"`: always to the same. `"end"`:
+            to the batch's longest prompt, with masked zeros at the end. `"end, shifting the image"`: like `"end"`, but
+            the position ids of image tokens depend on the padded length. `"start"`: to the batch's longest prompt, with
+            unmasked tokens at the start, so that a prompt's embedding depends on the others of its batch.
         host_conditioning (`tuple[str, ...]`): Tensors from `encode_prompts` that stay on the CPU, where
             `denoiser_inputs` reads their values.
-        generated_image (`str`): Python expression for the first image in the output of the pipeline's call, for the
-            code on model cards.
+        generated_image (`str`): Python expression for the first image in the pipeline's output, for the code on model
+            cards.
         conditional_rows (`str`): How the pipeline calls its denoiser under classifier-free guidance. `"last"` or
             `"first"`: once, with a doubled batch whose last or first half has the prompts. `"all"`: twice, first with
             the prompts and then with the negative prompts.
@@ -96,7 +93,7 @@ class Family(ABC):
             is another; `None` for inputs without one, such as position ids.
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
         may_take_source (`bool`): Whether the pipeline can edit an image but does not need one, so that training data
-            may have a `source` column.
+            may have the column.
         takes_several_sources (`bool`): Whether the pipeline can edit several images together.
     """
 
@@ -143,24 +140,24 @@ class Family(ABC):
 
     @property
     def denoiser(self) -> Any:
-        """The pipeline's denoiser (UNet or transformer), without the wrappers that training adds."""
+        """The pipeline's denoiser (UNet or transformer), without training's wrappers."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of denoiser modules that training freezes, because the prediction does not depend on their output."""
+        """Names of denoiser modules to freeze in training: the prediction does not depend on their output."""
         return ()
 
     @property
     def has_few_steps(self) -> bool:
-        """Whether the model's configuration says that it was distilled to generate in few steps."""
+        """Whether the model's configuration says it was distilled to generate in few steps."""
         return False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the denoiser's inputs: the one that `settle_dtype` stored, or else that of its weights.
+        """Dtype of the denoiser's inputs: what `settle_dtype` stored, or else that of its weights.
 
-        LoRA weights are ignored, because their dtype may differ from that of a quantized base model.
+        LoRA weights do not count: their dtype may differ from a quantized base model's.
         """
         if self._settled_dtype is not None:
             return self._settled_dtype
@@ -170,7 +167,7 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix the property `dtype`, at its current value or at the argument `dtype`.
 
-        It could change otherwise: sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes.
+        Otherwise it could change: FSDP and DeepSpeed change the dtype of the weights between passes.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -194,7 +191,7 @@ class Family(ABC):
 
         Args:
             seeds (`Sequence[int]` of length N): Seeds of the generators.
-            latents (`torch.Tensor` of shape `(N, ...)`): Tensor with the shape, device and dtype that the noise gets.
+            latents (`torch.Tensor` of shape `(N, ...)`): Gives the noise its shape, device and dtype.
         """
         return standard_normal(latents.shape, generators_of(seeds), latents.device, latents.dtype)
 
@@ -207,8 +204,8 @@ class Family(ABC):
         return height * width // (self.vae_scale_factor * self.patch_size) ** 2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return the arguments with which the trainer calls the pipeline to generate sample images. If the guidance
-        `scale` is `None`, the pipeline uses its default."""
+        """Return the arguments with which the trainer calls the pipeline for sample images. `None` as guidance `scale`
+        means the pipeline's default."""
         return {} if scale is None else {"guidance_scale": scale}
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
@@ -216,13 +213,13 @@ class Family(ABC):
         return {"height": height, "width": width}
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise `ValueError` if the denoiser cannot train on images of this size in pixels. By default, it can on
-        all."""
+        """Raise `ValueError` if the denoiser cannot train on images of this size in pixels. By default, it always
+        can."""
         return None
 
     def check_pipeline(self) -> None:
-        """Raise `ValueError` if this family cannot train the pipeline, although its class is right. By default, check
-        that the denoiser and all frozen components are loaded."""
+        """Raise `ValueError` if this family cannot train the pipeline, although its class is right. By default, the
+        denoiser and all frozen components must be loaded."""
         for component in (self.denoiser_name, *self.frozen_components):
             if getattr(self.pipeline, component) is None:
                 raise UserError(
@@ -231,8 +228,8 @@ class Family(ABC):
                 )
 
     def prepare_denoiser(self, denoiser: torch.nn.Module) -> None:
-        """Change a denoiser in place so that it can train, or be the reference of one that trains; the trainer calls it
-        for both. By default, nothing changes."""
+        """Change a denoiser in place so that it can train, or be the reference of one that trains; the trainer calls
+        this for both. By default, nothing changes."""
         return None
 
     @abstractmethod
@@ -270,8 +267,8 @@ class Family(ABC):
         return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
 
     def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
-        """Return a list of tensors `(N, 3, H, W)`: the first source image of each of the N pairs, then the second, and
-        so on, resized as in the pipeline."""
+        """Return one tensor `(N, 3, H, W)` with each pair's first source image, one with the second, and so on, resized
+        as in the pipeline."""
         most = max(map(len, sources))
         if most > 1 and not self.takes_several_sources:
             raise UserError(
@@ -302,8 +299,7 @@ class Family(ABC):
     def call_encode_prompt(
         self, prompts: list[str], *, text_encoder: str = "text_encoder", **arguments: Any
     ) -> tuple[Any, ...]:
-        """Call the pipeline's `encode_prompt` with `arguments`, on the device of `text_encoder` and with autocast
-        off."""
+        """Call the pipeline's `encode_prompt` with `arguments`, on `text_encoder`'s device and with autocast off."""
         device = getattr(self.pipeline, text_encoder).device
         with no_autocast(device):
             return self.pipeline.encode_prompt(prompts, device=device, **arguments)
@@ -356,10 +352,10 @@ class Family(ABC):
         return self.scale_latents(latents)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the output of the VAE's encoder for images that already have the VAE's dtype and device.
+        """Return the output of the VAE's encoder for images in the VAE's dtype and on its device.
 
-        The output contains means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. The output of a
-        deterministic VAE is the latents.
+        It contains means and log-variances of a Gaussian posterior, `(N, 2C, ...)`, or the latents if the VAE is
+        deterministic.
         """
         return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
 
@@ -375,12 +371,12 @@ class Family(ABC):
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return the VAE weights that `scale_latents` needs, by name. Most families need none.
 
-        If the VAE is not loaded, `keep_statistics` supplies these weights.
+        Without a loaded VAE, they come from `keep_statistics`.
         """
         return {}
 
     def keep_statistics(self, statistics: Mapping[str, torch.Tensor]) -> None:
-        """Store results of `latent_statistics`, which are then used in place of the VAE's weights."""
+        """Store results of `latent_statistics`, to use in place of the VAE's weights."""
         self._kept_statistics = dict(statistics)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -391,7 +387,7 @@ class Family(ABC):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return the inputs that condition the denoiser on image sizes, as in SDXL. By default, there are none.
+        """Return the inputs that condition the denoiser on image sizes, as in SDXL. By default, none.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.
@@ -415,7 +411,7 @@ class Family(ABC):
         Args:
             denoiser (`torch.nn.Module`): The pipeline's denoiser, a wrapper around it, or another denoiser of the same
                 configuration.
-            noisy_latents (`torch.Tensor` of shape `(N, ...)`): Latents, which this method casts to `dtype`.
+            noisy_latents (`torch.Tensor` of shape `(N, ...)`): Latents, to be cast to `dtype`.
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each row.
             conditioning (`Mapping[str, torch.Tensor]`): Tensors from `encode_prompts` and `size_conditioning`, with N
                 rows each.
@@ -439,8 +435,8 @@ class Family(ABC):
         """
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. By default, the output itself
-        is the prediction."""
+        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. By default, it is the
+        output."""
         return output
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -453,7 +449,7 @@ class Family(ABC):
 
 
 def refuse_sources(family: Family | type[Family], feature: str) -> None:
-    """Raise `ValueError` if `family` needs source images. Features without support for source images call it."""
+    """Raise `ValueError` if `family` needs source images, for features that do not support them."""
     if family.takes_source:
         raise UserError(
             f"{feature} cannot handle source images yet, and {family.name} needs a source image for each prompt. Use a "
@@ -486,7 +482,7 @@ def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Return a context that turns autocast off, so that frozen components run in the precision of their weights."""
+    """Return a context without autocast, so that frozen components run in the precision of their weights."""
     return torch.autocast(device.type, enabled=False)
 
 

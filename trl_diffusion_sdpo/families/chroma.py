@@ -11,11 +11,10 @@ from .packing import PackedLatentsFamily, pack_patches, patch_positions
 class ChromaFamily(PackedLatentsFamily):
     """Trains `ChromaPipeline`.
 
-    Pipelines that were saved as the image-to-image or inpainting class can be trained too, because their transformer is
-    the same.
+    Pipelines saved as the image-to-image or inpainting class can be trained too: their transformer is the same.
 
-    Prompts are padded to 512 tokens. The pipeline adds the mask (1 for tokens, 0 for padding) to the attention logits,
-    so padding is not fully masked. Training adds the mask in the same way.
+    Prompts are padded to 512 tokens. As in the pipeline, the mask (1 for tokens, 0 for padding) is added to the
+    attention logits, so padding is not fully masked.
     """
 
     name = "Chroma"

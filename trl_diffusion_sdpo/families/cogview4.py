@@ -18,17 +18,17 @@ PATCH_SIZE = 2
 
 
 class CogView4Process(FlowMatchingProcess):
-    """Flow matching in which the noise levels are shifted, but the transformer's timesteps are not.
+    """Flow matching that shifts the noise levels, but not the transformer's timesteps.
 
-    The CogView4 pipeline passes evenly spaced timesteps to its transformer. Its scheduler shifts the noise levels of
-    these timesteps, depending on the image size. The published training does the same. In this class, timesteps are
-    those of the transformer, and the noise level of a timestep depends on the number of image tokens.
+    The pipeline passes evenly spaced timesteps to its transformer, and its scheduler shifts their noise levels
+    depending on the image size. So does the published training. Timesteps here are those of the transformer; their
+    noise level depends on the number of image tokens.
 
     Source: `CogView4Pipeline` and diffusers' `train_control_cogview4.py`.
     """
 
     def shift_of(self, image_seq_len: int) -> float:
-        """Return the shift of the noise levels for images with `image_seq_len` tokens:
+        """Return the shift for images with `image_seq_len` tokens:
         `base_shift + max_shift * sqrt(image_seq_len / base_image_seq_len)`."""
         return self.shifts[0] + self.shifts[1] * math.sqrt(image_seq_len / self.lengths[0])
 
@@ -38,8 +38,8 @@ class CogView4Process(FlowMatchingProcess):
         return (1.0 - sigmas) * latents.float() + sigmas * noise.float()
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the noise levels at the timesteps, `(N,)`, float32 in `[0, 1]`, for images with `image_seq_len`
-        tokens."""
+        """Return the noise levels at the timesteps for images with `image_seq_len` tokens, `(N,)`, float32 in
+        `[0, 1]`."""
         levels = timesteps.float() / self.num_train_timesteps
         factor = self._shift_factor(image_seq_len)
         return factor * levels / (1.0 + (factor - 1.0) * levels)
@@ -53,18 +53,18 @@ class CogView4Process(FlowMatchingProcess):
 
 
 class CogView4Family(Family):
-    """Trains `CogView4Pipeline`. Transformers of the control pipeline are refused, because they need a control image.
+    """Trains `CogView4Pipeline`. Refuses transformers of the control pipeline, which need a control image.
 
-    Prompts are padded on the left to the length of the batch's longest prompt, rounded up to a multiple of 16 tokens.
-    The padding is not masked. As in the pipeline, the embedding of a prompt therefore depends on the longest prompt of
-    its batch. Only embeddings of equal length can be put into one batch.
+    Prompts are padded on the left to the batch's longest one, rounded up to a multiple of 16 tokens, without a mask.
+    As in the pipeline, a prompt's embedding therefore depends on the longest prompt of its batch. Only embeddings of
+    equal length fit into one batch.
     """
 
     name = "CogView4"
     frozen_components = ("vae", "text_encoder")
     # Our choice: the attention layers, as in diffusers' LoRA scripts for other models.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    learning_rate_full = 1e-6  # our choice, because no rate is published and the model is large (6B parameters)
+    learning_rate_full = 1e-6  # our choice for a large model (6B parameters); no rate is published
     learning_rate_lora = 1e-4  # from diffusers' control script for CogView4, which trains all weights
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
@@ -89,8 +89,8 @@ class CogView4Family(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return the original size, the target size and the crop as three tensors `(N, 2)` in float32, because half
-        precision would round sizes."""
+        """Return original size, target size and crop as three tensors `(N, 2)`, in float32 because half precision
+        would round them."""
         target = constant(tuple(target_size), torch.float32, original_sizes.device)
         return {
             "original_size": original_sizes.float(),
@@ -116,8 +116,8 @@ class CogView4Family(Family):
         return self.noise_process.noise_level(self.timesteps_of(inputs), tokens)
 
     def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return the rotary position embeddings for this size of latents, from a cache. Without the cache, the denoiser
-        would compute the embeddings on the CPU in every prediction, and copy them to the accelerator in every layer."""
+        """Return the rotary position embeddings for latents of this size, from a cache. The denoiser would compute
+        them on the CPU in every prediction, and copy them to the accelerator in every layer."""
         rope: Any = self.denoiser.rope
         kind = (type(rope), rope.dim, rope.patch_size, tuple(rope.rope_axes_dim), rope.theta)
         return _made_rotary(kind, height, width, device)
@@ -125,7 +125,7 @@ class CogView4Family(Family):
 
 @lru_cache(maxsize=64)
 def _made_rotary(kind: tuple[Any, ...], height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Compute rotary position embeddings with a new module. DeepSpeed or FSDP may have added hooks to the denoiser's
-    own module, and the cache would keep that module in memory."""
+    """Compute rotary position embeddings with a new module. The denoiser's own may have hooks of DeepSpeed or FSDP,
+    and the cache would keep it in memory."""
     rope_class, *settings = kind
     return tuple(part.to(device) for part in rope_class(*settings)(torch.empty(1, 1, height, width)))

@@ -16,8 +16,8 @@ from .flux2 import Flux2LatentsFamily
 class ErnieImageFamily(Flux2LatentsFamily):
     """Trains `ErnieImagePipeline`.
 
-    If the pipeline has a language model for rewriting prompts, its call rewrites each prompt. Training and sample
-    images use the prompts unchanged.
+    If the pipeline has a language model, its call rewrites each prompt with it. Training and sample images use the
+    prompts unchanged.
     """
 
     name = "ERNIE-Image"

@@ -1,7 +1,6 @@
 """FLUX.1: a transformer over packed latents, trained by flow matching.
 
-The transformer is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a
-guidance scale.
+It is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a guidance scale.
 """
 
 from collections.abc import Mapping
@@ -18,17 +17,17 @@ from .packing import PackedLatentsFamily, pack_patches, patch_positions
 class FluxFamily(PackedLatentsFamily):
     """Trains `FluxPipeline` with the transformer of FLUX.1 dev or schnell.
 
-    Pipelines that were saved as the image-to-image or inpainting class can be trained too, because their transformer is
-    the same. Fill, Canny and Depth are refused, because they take additional images.
+    Pipelines saved as the image-to-image or inpainting class can be trained too: their transformer is the same. Fill,
+    Canny and Depth are refused, because they take additional images.
 
-    FLUX.1 dev takes the guidance scale as an input. Training sets this input to `guidance_scale`, and the trained model
-    can generate at any scale. FLUX.1 schnell has no guidance input. FLUX.1 schnell was distilled to generate in few
-    steps, and training gradually undoes the distillation, so prefer dev.
+    FLUX.1 dev takes the guidance scale as an input. Training sets it to `guidance_scale`; the trained model can
+    generate at any scale. Prefer dev to schnell, which has no guidance input and was distilled to generate in few
+    steps: training gradually undoes that.
     """
 
     name = "FLUX.1"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # As in the README of diffusers' scripts: training targets have no guidance, and 1 means no guidance.
+    # 1 is no guidance, as in the README of diffusers' scripts: training targets have none.
     guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -42,11 +41,11 @@ class FluxFamily(PackedLatentsFamily):
 
     @property
     def max_sequence_length(self) -> int:
-        """Number of tokens to which every prompt is padded, without a mask. The numbers are from the model cards."""
+        """Number of tokens to which every prompt is padded, without a mask, from the model cards."""
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments with the prompt length of training, because the pipeline's default is the length of dev."""
+        """Return arguments with the prompt length of training; the pipeline's default is dev's."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -79,16 +78,15 @@ class FluxFamily(PackedLatentsFamily):
 class FluxKontextFamily(FluxFamily):
     """Trains `FluxKontextPipeline`, which edits a source image by the prompt.
 
-    Tokens of the source image follow those of the noisy latents, with 1 as the first number of their position ids. Only
-    the noisy latents have a prediction and an error.
+    Tokens of the source image follow the noisy latents, with 1 as the first number of their position ids. Only the
+    noisy latents have a prediction and an error.
     """
 
     name = "FLUX.1 Kontext"
     takes_source = True
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
-        """Return the size and the area. Without the area, the pipeline's call scales every size to about 1
-        megapixel."""
+        """Return the size and the area, without which the pipeline's call scales every size to about 1 megapixel."""
         return {"height": height, "width": width, "max_area": height * width}
 
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
@@ -97,7 +95,7 @@ class FluxKontextFamily(FluxFamily):
         return processor.preprocess(processor.resize(source, height, width), height, width)
 
     def source_size(self, source: Image.Image) -> tuple[int, int]:
-        """Return the `(height, width)` to which the pipeline resizes a source: the Kontext resolution with the nearest
+        """Return the `(height, width)` that the pipeline gives a source: the Kontext resolution with the nearest
         aspect ratio."""
         height, width = self.pipeline.image_processor.get_default_height_width(source)
         ratio = width / height

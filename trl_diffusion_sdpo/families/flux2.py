@@ -15,8 +15,8 @@ from ..utils._compat import resized_to_area
 from .base import Family, check_in_channels
 from .noise import FlowMatchingProcess
 
-# The targets of diffusers' LoRA script for klein. (The script for dev leaves out the single-stream blocks, 48 of dev's
-# 56 blocks.) The targets name each single-stream block, because in other blocks `attn.to_out` is a list of layers.
+# The targets of diffusers' LoRA script for klein. (The one for dev leaves out the single-stream blocks, 48 of dev's
+# 56.) Single-stream blocks are named one by one, because in other blocks `attn.to_out` is a list of layers.
 LORA_TARGETS = (
     "to_k",
     "to_q",
@@ -33,8 +33,8 @@ SOURCE_POSITION = 10  # first number in position ids: 0 for noisy latents, 10 fo
 class Flux2Process(FlowMatchingProcess):
     """Flow matching with the shift of FLUX.2, which depends on the number of image tokens and of sampling steps.
 
-    Training assumes 50 sampling steps, the default of both pipelines. At 1024 x 1024 pixels, the shift parameter `mu`
-    is 2.3 for 10 steps, 2.0 for 50 steps and 1.7 for 100 steps.
+    Training assumes 50 sampling steps, the default of both pipelines. At 1024 x 1024 pixels, `mu` is 2.3 for 10 steps,
+    2.0 for 50 and 1.7 for 100.
     """
 
     def shift_of(self, image_seq_len: int) -> float:
@@ -45,7 +45,7 @@ class Flux2LatentsFamily(Family):
     """Base class of families with the VAE of FLUX.2. Each token is a square of two by two latents."""
 
     frozen_components: tuple[str, ...] = ("vae", "text_encoder")
-    learning_rate_full = 1e-6  # our choice, as for FLUX.1, because no rate is published
+    learning_rate_full = 1e-6  # our choice, as for FLUX.1; no rate is published
 
     @property
     def vae_scale_factor(self) -> int:
@@ -97,7 +97,7 @@ class Flux2Hooks(Flux2LatentsFamily):
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
-        """Resize a larger source image to about 1 megapixel, and crop its sides to multiples of a token's side."""
+        """Resize a larger source image to about 1 megapixel, and crop its sides to multiples of a token's."""
         processor = self.pipeline.image_processor
         if source.width * source.height > MOST_SOURCE_PIXELS:
             source = resized_to_area(processor, source, MOST_SOURCE_PIXELS)
@@ -118,7 +118,7 @@ class Flux2Hooks(Flux2LatentsFamily):
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the output for the noisy latents, without the output for source images, which follows."""
+        """Return the output for the noisy latents, without that for source images, which follows."""
         tokens = self.image_seq_len(latents)
         return output[:, :tokens].transpose(1, 2).unflatten(2, latents.shape[2:])
 
@@ -129,21 +129,21 @@ class Flux2Hooks(Flux2LatentsFamily):
 class Flux2Family(Flux2Hooks):
     """Trains `Flux2Pipeline`, FLUX.2 [dev], whose prompts are encoded by Mistral Small.
 
-    The model takes the guidance scale as an input. Training sets this input to `guidance_scale`, and the trained model
-    can generate at any scale.
+    The model takes the guidance scale as an input. Training sets it to `guidance_scale`; the trained model can generate
+    at any scale.
     """
 
     name = "FLUX.2"
-    # As in the README of diffusers' script: training targets have no guidance, and 1 means no guidance.
+    # 1 is no guidance, as in the README of diffusers' script: training targets have none.
     guidance_scale = 1.0
 
 
 class Flux2KleinFamily(Flux2Hooks):
     """Trains `Flux2KleinPipeline`, FLUX.2 [klein], whose prompts are encoded by Qwen3.
 
-    Pipelines saved as the inpainting class can be trained too. A distilled checkpoint (`is_distilled`) generates in
-    few steps, and training gradually undoes the distillation. Better train a LoRA of the base model of the same size,
-    and load this LoRA into the distilled model. Or set `timesteps` to the few timesteps at which the model generates.
+    Pipelines saved as the inpainting class can be trained too. A distilled checkpoint (`is_distilled`) generates in few
+    steps, and training gradually undoes that. Better train a LoRA of the base model of the same size and load it into
+    the distilled model, or set `timesteps` to the few at which it generates.
     """
 
     name = "FLUX.2 klein"

@@ -1,6 +1,6 @@
 """HiDream-I1: a transformer with routed experts, trained by flow matching.
 
-The transformer is conditioned on two CLIP encoders, T5 and every layer of Llama 3.
+It is conditioned on two CLIP encoders, T5 and every layer of Llama 3.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from .base import Family, check_in_channels
 
 
 class RoutedExperts(nn.Module):
-    """A mixture-of-experts layer of diffusers' transformer, with the same weights under the same names.
+    """Mixture-of-experts layer of diffusers' transformer, with the same weights under the same names.
 
-    Training mode and evaluation mode give the same output. In diffusers' own layer, evaluation mode computes no
-    gradient, and training mode adds numbers in another order, so policy and reference would round differently.
+    It gives the same output in training and evaluation mode. Diffusers' own layer computes no gradient in evaluation
+    mode, and in training mode adds in another order, so policy and reference would round differently.
     """
 
     def __init__(self, layer: MOEFeedForwardSwiGLU):
@@ -31,12 +31,12 @@ class RoutedExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for tokens `(N, tokens, width)`.
 
-        Every expert is called, even one without tokens, because FSDP and DeepSpeed gather an expert's weights only if
-        all processes call it.
+        Every expert is called, even one without tokens: FSDP and DeepSpeed gather its weights only if all processes
+        call it.
         """
         experts, weights, _ = self.gate(hidden_states)  # both (N * tokens, number of experts per token)
         tokens = hidden_states.flatten(0, -2)
-        order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
+        order = experts.flatten().argsort(stable=True)  # the first expert's tokens, then the second's, ...
         numbers = torch.arange(len(self.experts), device=experts.device)
         counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # `tolist` waits for the device
         parts = tokens[order // experts.shape[1]].split(counts)
@@ -49,8 +49,8 @@ class RoutedExperts(nn.Module):
 class HiDreamFamily(Family):
     """Trains `HiDreamImagePipeline`.
 
-    Prompts are padded to 128 tokens, and the padding is not masked. Whatever size is requested, the pipeline's call
-    generates images of about 1 megapixel.
+    Prompts are padded to 128 tokens, without a mask. The pipeline's call generates images of about 1 megapixel,
+    whatever size you request.
     """
 
     name = "HiDream-I1"
@@ -98,8 +98,8 @@ class HiDreamFamily(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        # The transformer would cut latents into patches itself, but then reads the numbers of rows and columns from a
-        # tensor, which waits for the device several times per image.
+        # Left to the transformer, this would read the numbers of rows and columns from a tensor and wait for the
+        # device several times per image.
         tokens, mask, _, ids = self.denoiser.patchify(latents)
         if mask is None:  # the image is square, so no token is padding
             mask = tokens.new_ones(tokens.shape[:2])
@@ -116,8 +116,8 @@ class HiDreamFamily(Family):
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the negative of the transformer's output, as the pipeline does. In training mode, the transformer
-        returns patches, which this method first puts together."""
+        """Return the negative of the transformer's output, as the pipeline does. In training mode the output comes as
+        patches, which are put together first."""
         if output.shape[2:] != latents.shape[2:]:
             patch = self.denoiser.config.patch_size
             rows, columns = (side // patch for side in latents.shape[2:])

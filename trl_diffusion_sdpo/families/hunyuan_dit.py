@@ -21,18 +21,17 @@ MT5 = 1
 
 
 class HunyuanDiTFamily(Family):
-    """Trains `HunyuanDiTPipeline`, versions 1.0 to 1.2. Version 1.2 accepts inputs for image sizes and style, but
-    ignores these inputs.
+    """Trains `HunyuanDiTPipeline`, versions 1.0 to 1.2. Version 1.2 accepts image sizes and style, but ignores them.
 
-    To generate images of any size, call the pipeline with `use_resolution_binning=False`. By default, the pipeline
-    rounds image sizes to a fixed list.
+    To generate images of any size, call the pipeline with `use_resolution_binning=False`. By default, it rounds sizes
+    to a fixed list.
     """
 
     name = "HunyuanDiT"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     # Our choice: all projections of self-attention and cross-attention. Diffusers has no LoRA script for HunyuanDiT.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    learning_rate_full = 1e-6  # our choice, because no rate is published for preference tuning of this model
+    learning_rate_full = 1e-6  # our choice; no rate is published for preference tuning of this model
     learning_rate_lora = 1e-4  # from HunyuanDiT's LoRA script
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
@@ -40,7 +39,7 @@ class HunyuanDiTFamily(Family):
     batch_dimensions = {"image_rotary_emb": None}
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""
+        """Return arguments that also stop the pipeline from rounding image sizes to a fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -78,8 +77,8 @@ class HunyuanDiTFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return `image_meta_size`, `(N, 6)`: original size, target size and crop, as in the pipeline. The dtype is
-        float32, because half precision would round the sizes."""
+        """Return `image_meta_size`, `(N, 6)`: original size, target size and crop, as in the pipeline. In float32,
+        because half precision would round them."""
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
         image_meta_size = torch.cat([original_sizes, target_sizes, crop_top_lefts.to(original_sizes)], dim=1)
@@ -98,7 +97,7 @@ class HunyuanDiTFamily(Family):
             "encoder_hidden_states_t5": conditioning["prompt_embeds_2"].to(dtype).contiguous(),
             "image_meta_size": conditioning["image_meta_size"].contiguous(),
             "text_embedding_mask_t5": conditioning["prompt_attention_mask_2"],
-            "style": torch.zeros_like(timesteps, dtype=torch.long),  # style 0, the only one that exists
+            "style": torch.zeros_like(timesteps, dtype=torch.long),  # the only style
             "image_rotary_emb": self._rotary_embedding(latents),
         }
 
@@ -106,7 +105,7 @@ class HunyuanDiTFamily(Family):
         return output.chunk(2, dim=1)[0]  # (N, 2C, H, W) -> (N, C, H, W): drop the learned variance
 
     def _rotary_embedding(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cosines and the sines of the rotary position embeddings, `(tokens, width of an attention head)`
+        """Return the cosines and sines of the rotary position embeddings, `(tokens, width of an attention head)`
         each."""
         grid = tuple(side // self.patch_size for side in latents.shape[-2:])
         region = get_resize_crop_region_for_grid(grid, BASE_LATENTS // self.patch_size)

@@ -1,7 +1,6 @@
 """Ideogram 4: a transformer over one sequence of prompt and image tokens, trained by flow matching.
 
-The transformer's time runs from 0 (noise) to 1 (image). A second transformer predicts without a prompt, for
-classifier-free guidance.
+Its time runs from 0 (noise) to 1 (image). A second transformer predicts without a prompt, for classifier-free guidance.
 """
 
 import math
@@ -30,13 +29,13 @@ MOST_TOKENS = 2048  # the pipeline's `max_sequence_length`
 
 
 class Ideogram4Process(FlowMatchingProcess):
-    """Flow matching with the noise schedule of Ideogram 4, which the scheduler's configuration does not contain.
+    """Flow matching with the noise schedule of Ideogram 4, which is not in the scheduler's configuration.
 
-    The pipeline's noise levels are quantiles of a logit-normal distribution, whose mean grows with the image size. By
-    default, training samples noise levels from this distribution.
+    The pipeline's noise levels are quantiles of a logit-normal distribution, whose mean grows with the image size.
+    Training samples from it by default.
     """
 
-    std = 1.5  # standard deviation of the logit-normal distribution; default of the pipeline's call
+    std = 1.5  # of the logit-normal distribution; default of the pipeline's call
 
     def shift_of(self, image_seq_len: int) -> float:
         """Return the mean of the logit-normal distribution: `log(pixels / 512^2) / 2 + log(shift)`."""
@@ -61,11 +60,10 @@ class Ideogram4Process(FlowMatchingProcess):
 class Ideogram4Family(Flux2LatentsFamily):
     """Trains the conditional transformer of `Ideogram4Pipeline`.
 
-    Only sample images need the unconditional transformer, which takes as much memory as the weights of the trained
-    transformer. To save memory, load the pipeline with `unconditional_transformer=None`.
+    Only sample images need the unconditional transformer, which takes as much memory as the trained one's weights. To
+    save it, load the pipeline with `unconditional_transformer=None`.
 
-    The authors trained the model on captions in JSON. The pipeline raises an error for prompts of more than 2048
-    tokens.
+    The authors trained on captions in JSON. The pipeline raises an error for prompts of more than 2048 tokens.
     """
 
     name = "Ideogram 4"
@@ -90,27 +88,27 @@ class Ideogram4Family(Flux2LatentsFamily):
         super().__init__(pipeline)
 
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
-        """Keep the frequencies of positions in float32, as the model's files leave them. DeepSpeed and
-        `pipeline.to(torch.bfloat16)` round them, and large positions would then get wrong angles. The same holds for
+        """Keep the frequencies of positions in float32, as in the model's files. DeepSpeed and
+        `pipeline.to(torch.bfloat16)` round them, which gives large positions wrong angles. The same goes for
         the unconditional transformer, which sample images may cast."""
         _keep_frequencies_exact(denoiser)
         if self.pipeline.unconditional_transformer is not None:
             _keep_frequencies_exact(self.pipeline.unconditional_transformer)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return a constant guidance scale. The pipeline's default is a list of scales for exactly 48 steps."""
+        """Return a constant guidance scale; the pipeline's default is a list for exactly 48 steps."""
         return {"guidance_scale": 7.0 if scale is None else scale, "guidance_schedule": None}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return the hidden states of thirteen layers of the text encoder, concatenated, and the mask of the tokens."""
-        # Pad to the longest prompt. The pipeline pads to 2048 tokens, which would take 208 MiB in bfloat16. The
-        # denoiser masks the padding.
+        """Return the hidden states of thirteen layers of the text encoder, concatenated, and the tokens' mask."""
+        # Pad to the longest prompt: the pipeline's 2048 tokens would take 208 MiB in bfloat16, and the denoiser masks
+        # padding anyway.
         longest = min(max(map(self._token_count, prompts)), MOST_TOKENS)
         prompt_embeds, _, _, indicator = self.call_encode_prompt(
             prompts, grid_h=0, grid_w=0, max_sequence_length=longest
         )
         mask = indicator == LLM_TOKEN_INDICATOR
-        # Move the padding from the start to the end. Predictions stay the same, because tokens have position ids.
+        # Move the padding from the start to the end. Tokens have position ids, so predictions stay the same.
         order = (~mask).int().argsort(dim=1, stable=True)
         prompt_embeds = prompt_embeds.to(self.pipeline.text_encoder.dtype)  # the text encoder's own dtype
         prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]
@@ -126,7 +124,7 @@ class Ideogram4Family(Flux2LatentsFamily):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def as_squares(self, latents: torch.Tensor) -> torch.Tensor:
-        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`. The C channels of each latent stay consecutive."""
+        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`, keeping each latent's C channels together."""
         squares = super().as_squares(latents)
         return squares.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
 
@@ -150,7 +148,7 @@ class Ideogram4Family(Flux2LatentsFamily):
         one = torch.ones_like(mask, dtype=torch.long)
         return {
             "hidden_states": torch.cat([image.new_zeros(rows, words, image.shape[2]), image], dim=1),
-            # The time runs from 0 (noise) to 1 (image), and is rounded as in the pipeline.
+            # From 0 (noise) to 1 (image), rounded as in the pipeline.
             "timestep": (1 - timesteps / 1000).to(latents.dtype),
             "encoder_hidden_states": torch.cat([text, text.new_zeros(rows, tokens, text.shape[2])], dim=1),
             "position_ids": positions,
@@ -176,7 +174,7 @@ def _keep_frequencies_exact(denoiser: Any) -> None:
 
 @dataclass(frozen=True)
 class _ExactFrequencies:
-    """Forward pre-hook that computes rounded frequencies again. Hooks of the same base are equal."""
+    """Forward pre-hook that recomputes rounded frequencies. Hooks of the same base are equal."""
 
     base: int
 

@@ -1,9 +1,9 @@
-"""Noise inversion: find the noise from which the model's own sampler would generate a given image.
+"""Noise inversion: find the noise from which the model's own sampler would generate an image.
 
-Losses can use noise from inversion in place of random noise.
+Losses can use this noise in place of random noise.
 
 Sources for DDPM: the training code of https://huggingface.co/papers/2506.02698 (SmPO-Diffusion, with ReNoise) and of
-DDIM-InPO. For flow matching, no inversion is published. The inversion for flow matching is our own.
+DDIM-InPO. For flow matching, none is published; the inversion is our own.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ class InversionSettings:
     """Settings of noise inversion.
 
     Args:
-        kind (`str`): `"ddim"` calls the denoiser once per step. `"renoise"` calls the denoiser twice per step and
-            averages the two resulting steps.
+        kind (`str`): `"ddim"` calls the denoiser once per step, `"renoise"` twice, averaging the two resulting steps.
         steps (`int`): Number of steps from a clean image to the schedule's last timestep. An image at a lower timestep
-            takes only the steps below its timestep.
-        end (`str`): `"exact"`: the last step is shorter and ends at the image's own timestep. `"grid"`: the inversion
-            stops at the last of the schedule's evenly spaced timesteps (the grid) below the image's timestep, as in the
-            published code. The resulting noise then belongs to a lower noise level. If an image's timestep is below the
-            whole grid, the image takes no step, and its noisy latents equal its clean latents.
-        eta (`float`): Amount of random noise that is added after each step, in units of the standard deviation of
-            DDIM's next sampling step, as in the code of DDIM-InPO. 0 adds no noise.
+            takes only the steps below it.
+        end (`str`): With `"exact"`, the last step is shorter and ends at the image's own timestep. With `"grid"`, as in
+            the published code, the inversion stops at the last of the schedule's evenly spaced timesteps (the grid)
+            below it, so the noise belongs to a lower noise level. An image below the whole grid takes no step, and its
+            noisy latents equal its clean latents.
+        eta (`float`): Amount of random noise added after each step, in standard deviations of DDIM's next sampling
+            step, as in the code of DDIM-InPO. 0 adds none.
     """
 
     kind: InversionKind = "ddim"
@@ -66,9 +65,9 @@ class InversionSettings:
 
 
 class Level(NamedTuple):
-    """A noise level: the two factors in the formula `x = signal * clean + noise * n` for noisy latents `x`.
+    """Noise level, as the two factors in `x = signal * clean + noise * n` for noisy latents `x`.
 
-    Here `clean` are clean latents and `n` is standard normal noise. Both factors have shape `(N, 1, ...)`.
+    `clean` are clean latents and `n` is standard normal noise. Both factors have shape `(N, 1, ...)`.
     """
 
     signal: torch.Tensor
@@ -78,18 +77,18 @@ class Level(NamedTuple):
         return self.signal * clean + self.noise * noise
 
     def where(self, rows: torch.Tensor, other: Level) -> Level:
-        """Return this level in the rows where the mask `rows` is true, and `other` in all other rows."""
+        """Return this level in the rows where the mask `rows` is true, and `other` elsewhere."""
         return Level(torch.where(rows, self.signal, other.signal), torch.where(rows, self.noise, other.noise))
 
 
 class Inversion(ABC):
     """Base class of inversions, which run the sampler backwards: from an image's clean latents up to a timestep.
 
-    A step goes from noise level `s` to a higher noise level `t`. The step calls the denoiser with the latents of `s`
-    and the timestep `t`. (Sampling from `t` down to `s` would call the denoiser with the latents of `t`.) Latents are
-    `x = a clean + b n`. The code computes the noise `n` of each level instead of `x`: a step is
-    `n_t = e + r (n_s - e)`. Here `e` is the noise that the denoiser's prediction implies, and `r` is the fraction of
-    the difference `n_s - e` that remains after the step. This form never divides by a noise factor `b` close to 0.
+    A step goes from noise level `s` to a higher one, `t`, and calls the denoiser with the latents of `s` and the
+    timestep `t`. (Sampling from `t` down to `s` would use the latents of `t`.) Latents are `x = a clean + b n`. The
+    code computes the noise `n` of each level instead of `x`: a step is `n_t = e + r (n_s - e)`, where `e` is the noise
+    that the denoiser's prediction implies, and `r` the fraction of `n_s - e` that remains. This form never divides by
+    a noise factor `b` close to 0.
 
     Args:
         process ([`NoiseProcess`]): The model's noise process.
@@ -105,16 +104,16 @@ class Inversion(ABC):
 
     @abstractmethod
     def grid(self, steps: int, device: torch.device, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the timesteps at which steps end (the grid), in increasing order: `(K,)` with K <= `steps`. The
-        schedule's last timestep is left out, because no image has a higher timestep."""
+        """Return the timesteps at which steps end (the grid), in increasing order: `(K,)` with K <= `steps`. Without
+        the schedule's last timestep, as no image has a higher one."""
 
     @abstractmethod
     def level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> Level:
-        """Return the noise level of timesteps `(N,)`, with two factors of shape `(N,)`."""
+        """Return the noise level of timesteps `(N,)`, its factors of shape `(N,)`."""
 
     @abstractmethod
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """Return the noise level that the published code assigns to clean latents, with two factors of the shape of
+        """Return the noise level that the published code assigns to clean latents, its factors shaped like
         `timesteps`. Inversion with `end="grid"` starts there."""
 
     @abstractmethod
@@ -128,8 +127,8 @@ class Inversion(ABC):
         """Return the fraction `r` of `n_s - e` that remains after a step from level `start` to level `end`."""
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return the standard deviation of the random noise that steps add at `eta = 1`, divided by the noise factor,
-        `(N,)`. The steps end at `timesteps`. Only inversions with `has_variance` add noise."""
+        """Return the standard deviation of the random noise of steps that end at `timesteps`, at `eta = 1`, divided by
+        the noise factor, `(N,)`. Only inversions with `has_variance` add noise."""
         raise UserError(
             "Only DDPM models can have `eta` above 0, because the sampler of flow matching adds no noise. Use `eta=0`."
         )
@@ -145,18 +144,18 @@ class Inversion(ABC):
         image_seq_len: int | None = None,
         draw: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Invert images, and return the noise of each image at its timestep, `(N, ...)`, float32.
+        """Invert images, and return the noise of each at its timestep, `(N, ...)`, float32.
 
         Every call of `predict` gets all rows of the batch, and the number of calls depends only on the settings. A row
-        that has reached its timestep no longer changes. A row's result does not depend on the other rows.
+        no longer changes once it has reached its timestep, and does not depend on the other rows.
 
         Args:
-            predict (`Callable`): Function of noisy latents and timesteps that returns the denoiser's prediction in
-                float32, in the form of the noise process's target.
+            predict (`Callable`): Takes noisy latents and timesteps, returns the denoiser's prediction in float32, in
+                the form of the noise process's target.
             latents (`torch.Tensor` of shape `(N, ...)`): Clean latents.
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep up to which each row is inverted.
-            draw (`Callable`, *optional*): Function that returns standard normal noise `(N, ...)`. The function is
-                called once per step if `eta` is above 0.
+            draw (`Callable`, *optional*): Returns standard normal noise `(N, ...)`. Called once per step if `eta` is
+                above 0.
         """
         clean = latents.float()
         columns = (-1, *[1] * (latents.ndim - 1))
@@ -176,8 +175,8 @@ class Inversion(ABC):
             for _ in range(CALLS[settings.kind]):
                 implied = self.noise_of(predict(noisy, ends), noisy, clean, there)
                 stepped = torch.where(moves, implied + remaining * (noise - implied), noise)
-                # "renoise" averages two steps. Because a step is affine in the prediction, this equals one step with
-                # the mean of the two predictions.
+                # "renoise" averages two steps. A step is affine in the prediction, so this is one step with the mean
+                # of the two predictions.
                 following = following + stepped / CALLS[settings.kind]
                 noisy = there.mix(clean, stepped)
             if settings.eta and draw is not None:
@@ -201,11 +200,11 @@ class DDIMInversion(Inversion):
     """Inversion of deterministic DDIM sampling, between the timesteps of DDIM's schedule.
 
     A step turns noisy latents `x_s` at timestep `s` into `x_t` at the next higher timestep `t`:
-    `x_t = a_t (x_s - b_s e) / a_s + b_t e`. Here `a` and `b` are the factors of clean latents and noise, and `e` is the
-    predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is
+    `x_t = a_t (x_s - b_s e) / a_s + b_t e`, with the factors `a` of clean latents and `b` of noise, and the predicted
+    noise `e`, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is
     converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend on
-    the prediction type. Diffusers' `DDIMInverseScheduler` converts at the noise level where the step starts. In
-    the first step, which starts at clean latents, this conversion would divide by 0 for a sample prediction.
+    the prediction type. Diffusers' `DDIMInverseScheduler` converts at the level where the step starts, which would
+    divide by 0 for a sample prediction in the first step, from clean latents.
     """
 
     process: DDPMProcess
@@ -222,7 +221,7 @@ class DDIMInversion(Inversion):
         return Level(alphas.sqrt(), (1.0 - alphas).sqrt())
 
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """Return the noise level of clean latents, or of timestep 0 if the scheduler has `set_alpha_to_one=False`."""
+        """Return the level of clean latents, or of timestep 0 if the scheduler has `set_alpha_to_one=False`."""
         first = self.level(torch.zeros_like(timesteps))
         if not self.process.set_alpha_to_one:
             return first
@@ -238,8 +237,8 @@ class DDIMInversion(Inversion):
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
         """Return DDIM's standard deviation (equation 16 of the paper with `eta = 1`) of the sampling step down to each
-        timestep, divided by the noise factor. The sampling step starts `num_train_timesteps // steps` timesteps higher,
-        but at most at the last timestep."""
+        timestep, divided by the noise factor. That step starts `num_train_timesteps // steps` timesteps higher, but at
+        most at the last one."""
         total = self.process.num_train_timesteps
         here = self.level(timesteps)
         above = self.level((timesteps + total // steps).clamp(max=total - 1))
@@ -250,8 +249,8 @@ class DDIMInversion(Inversion):
 class EulerInversion(Inversion):
     """Inversion of Euler sampling for flow matching. A step is `x_t = x_s + (b_t - b_s) v`.
 
-    Here `b` is a noise level and `v` the predicted velocity. Noise levels are evenly spaced and then shifted, as in the
-    pipeline. A predicted velocity `v` implies the noise `v + clean`.
+    Here `b` is a noise level and `v` the predicted velocity, which implies the noise `v + clean`. Noise levels are
+    evenly spaced and then shifted, as in the pipeline.
     """
 
     process: FlowMatchingProcess
@@ -285,7 +284,7 @@ INVERSIONS: dict[type[NoiseProcess], type[Inversion]] = {
 
 
 def inversion_of(process: NoiseProcess) -> Inversion:
-    """Return the inversion in [`INVERSIONS`] for the class of a noise process, or for the first of its base classes."""
+    """Return the inversion in [`INVERSIONS`] for the class of a noise process, or for the first of its bases."""
     for kind in type(process).__mro__:
         if kind in INVERSIONS:
             return INVERSIONS[kind](process)
@@ -299,8 +298,7 @@ def inversion_of(process: NoiseProcess) -> Inversion:
 def _steps(
     timesteps: torch.Tensor, grid: torch.Tensor, end: InversionEnd
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each step, yield the timestep at which the step ends in each row, and whether the row takes the step, both
-    `(N,)`."""
+    """Yield for each step the timestep at which it ends in each row, and whether the row takes it, both `(N,)`."""
     if end == "grid":
         for timestep in grid:
             yield timestep.expand_as(timesteps), timesteps > timestep
@@ -324,7 +322,7 @@ def _linspace(total: int, steps: int, offset: int) -> list[int]:
     return [round(step * (total - 1) / max(steps - 1, 1)) for step in range(steps)]
 
 
-# Diffusers' `timestep_spacing` -> function that returns the timesteps of a schedule.
+# Diffusers' `timestep_spacing` -> function that returns a schedule's timesteps.
 _GRIDS: dict[str, Callable[[int, int, int], list[int]]] = {
     "leading": _leading,
     "trailing": _trailing,

@@ -1,7 +1,7 @@
 """Krea 2: a transformer over one sequence of prompt and image tokens, trained by flow matching.
 
-The transformer is conditioned on hidden states of several layers of a vision-language model. The VAE is a video VAE. It
-encodes an image as a video of one frame.
+It is conditioned on hidden states of several layers of a vision-language model. The video VAE encodes an image as one
+frame.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from .qwen_image import QwenImageLatentsFamily
 
 
 class Krea2Family(QwenImageLatentsFamily):
-    """Trains `Krea2Pipeline` with the models Krea 2 Raw or Krea 2 Turbo.
+    """Trains `Krea2Pipeline`: Krea 2 Raw or Turbo.
 
-    Turbo is distilled from Raw to generate in about eight steps without guidance. The model's authors advise to train a
-    LoRA on Raw and to load this LoRA into Turbo. In this pipeline, guidance is off at `guidance_scale=0` instead of 1,
-    because the pipeline adds the scaled guidance to the prediction for the prompt.
+    Turbo is distilled from Raw to generate in about eight steps without guidance. The authors advise to train a LoRA on
+    Raw and to load it into Turbo. Here guidance is off at `guidance_scale=0` instead of 1: the pipeline adds the scaled
+    guidance to the prediction for the prompt.
 
-    The VAE and the packing of latents into tokens are those of Qwen-Image.
+    The VAE and the packing into tokens are those of Qwen-Image.
     """
 
     name = "Krea 2"
-    # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other layers.
+    # Attention only, as the authors advise for long trainings. Diffusers' LoRA script also trains other layers.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
     learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script uses 3e-4
     default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
@@ -43,8 +43,8 @@ class Krea2Family(QwenImageLatentsFamily):
         return self.pipeline.config.is_distilled
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        # Pad to the longest prompt. The pipeline pads to 512 tokens, which would take 30 MiB in bfloat16. The denoiser
-        # masks the padding.
+        # Pad to the longest prompt: the pipeline's 512 tokens would take 30 MiB in bfloat16, and the denoiser masks
+        # padding anyway.
         pipe = self.pipeline
         before = pipe.prompt_template_encode_start_idx
         after = pipe.prompt_template_encode_num_suffix_tokens
@@ -54,8 +54,8 @@ class Krea2Family(QwenImageLatentsFamily):
         prompt_embeds, mask = self.call_encode_prompt(
             prompts, max_sequence_length=max(map(len, rows)) - before + after
         )
-        # Move the padding from before the template's suffix to the end. Predictions stay the same, because text
-        # tokens have no positions.
+        # Move the padding from before the template's suffix to the end. Text tokens have no positions, so predictions
+        # stay the same.
         order = (~mask).int().argsort(dim=1, stable=True)  # (N, tokens of the longest prompt)
         mask = mask.gather(1, order)
         prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]

@@ -14,13 +14,13 @@ from .base import no_autocast
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
 
-SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
+SOURCE_AREA = 1024 * 1024  # pixels of a resized source image
 
 
 class LongCatImageFamily(OvisImageFamily):
-    """Trains `LongCatImagePipeline`. Prompts are padded to 512 tokens, and the padding is not masked.
+    """Trains `LongCatImagePipeline`. Prompts are padded to 512 tokens, without a mask.
 
-    The pipeline's call lets the text encoder rewrite each prompt. Training and sample images use the prompts unchanged.
+    The pipeline's call lets the text encoder rewrite each prompt; training and sample images use them unchanged.
     """
 
     name = "LongCat-Image"
@@ -46,20 +46,19 @@ class LongCatImageFamily(OvisImageFamily):
 class LongCatImageEditFamily(OvisImageFamily):
     """Trains `LongCatImageEditPipeline`, which edits a source image by the prompt.
 
-    The text encoder reads prompt and source image together. In the transformer, tokens of the source image follow the
-    noisy latents. Only the noisy latents have a prediction and an error. The pipeline's call generates images of about
-    1024 x 1024 pixels.
+    The text encoder reads prompt and source image together. In the transformer, source tokens follow the noisy latents,
+    and have no prediction or error. The pipeline's call generates about 1024 x 1024 pixels.
     """
 
     name = "LongCat-Image-Edit"
     takes_source = True
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
-        """Return no arguments, because the source image determines the size."""
+        """Return no arguments: the source image determines the size."""
         return {}
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode each prompt together with its source image, and encode the source images to latents."""
+        """Encode each prompt together with its source image, and the source images to latents."""
         pipeline = self.pipeline
         processor = pipeline.image_processor
         latents = self.encode_sources(sources)
@@ -103,7 +102,7 @@ class LongCatImageEditFamily(OvisImageFamily):
 def _prompt_encoder(pipeline: Any, *names: str) -> SimpleNamespace:
     """Return an object with the attributes that `_encode_prompt` of the pipeline reads, including `names`.
 
-    Its `device` is that of the text encoder. The pipeline's own `device` is that of its first component.
+    Its `device` is the text encoder's; the pipeline's own is that of its first component.
     """
     names = (
         "text_encoder",

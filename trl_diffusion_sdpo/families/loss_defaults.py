@@ -1,11 +1,11 @@
-"""Default settings of all losses, in one table for each kind of model. A family's attribute `defaults` is its table."""
+"""Default settings of all losses, a table for each kind of model. A family names its table in `defaults`."""
 
 from dataclasses import dataclass
 
 FALLBACK = "default"  # key of the settings for all losses without an entry in a table
-# `safeguard_mu` for every loss with `safeguard="parameter"`, for which no number is published. In
-# docs/measurements.md, parameter space with 0.8 kept the winners' error where it was, under harsh and gentle settings.
-# On some kinds of pairs, a looser safeguard scored a little higher, and let the error rise.
+# `safeguard_mu` for every loss with `safeguard="parameter"`; no number is published. In docs/measurements.md, 0.8 kept
+# the winners' error where it was, under harsh and gentle settings. On some kinds of pairs, a looser safeguard scored a
+# little higher and let the error rise.
 PARAMETER_MU = 0.8
 
 
@@ -15,9 +15,9 @@ class LossDefaults:
 
     Attributes:
         beta (`float`): Strength of the pull towards the reference. As in Diffusion-DPO, the loss contains `beta / 2`.
-        safeguard_mu (`float`): Strictness of the safeguard in output space, in `[0, 1]`. In parameter space, the
-            default is [`PARAMETER_MU`].
-        beta_lora (`float`, *optional*): `beta` for LoRA training, if it differs from `beta` for full training.
+        safeguard_mu (`float`): Strictness of the safeguard in output space, in `[0, 1]`. In parameter space, it is
+            [`PARAMETER_MU`].
+        beta_lora (`float`, *optional*): `beta` for LoRA training, if different.
     """
 
     beta: float
@@ -25,15 +25,15 @@ class LossDefaults:
     beta_lora: float | None = None
 
     def beta_for(self, *, full: bool) -> float:
-        """Return the default beta for full training if `full` is `True`, or else for LoRA training."""
+        """Return the default beta for full training, or for LoRA training if `full` is `False`."""
         return self.beta if full or self.beta_lora is None else self.beta_lora
 
 
-# Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for the losses sigmoid, dspo and
-# dmpo; https://huggingface.co/papers/2406.06424 for MaPO's beta; the script of https://huggingface.co/papers/2506.02698
-# for SmPO's beta. For simpo, we chose beta so that the slope of its logit, beta / 2, equals that of MaPO's logit at
-# error 0, T s / 2 = 250. For capo, we chose half of sigmoid's beta: at margin 0, the slope of capo is then equal to
-# that of sigmoid for a pair whose images' expected shares of wins differ by 1/2.
+# Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
+# https://huggingface.co/papers/2406.06424 for MaPO's beta; the script of https://huggingface.co/papers/2506.02698 for
+# SmPO's. Our choices: simpo's beta makes the slope of its logit, beta / 2, that of MaPO's at error 0, T s / 2 = 250.
+# capo has half of sigmoid's beta: at margin 0, its slope then equals sigmoid's for a pair whose images' expected shares
+# of wins differ by 1/2.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
     "capo": LossDefaults(beta=2500.0, safeguard_mu=0.9),
@@ -53,12 +53,12 @@ STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
     "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
 }
-# For other DDPM models, no settings are published. We use those of SDXL, whose image sizes are similar.
+# Nothing is published for other DDPM models. We use those of SDXL, whose image sizes are similar.
 DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # All numbers for flow models are our choice. beta is 2000 for full training and 100 for a LoRA, as is usual for
-# Diffusion-DPO on flow models: velocity errors are larger than noise errors. mu is that of SDXL, because
-# https://huggingface.co/papers/2511.03317 states no mu for a flow model. The beta of simpo is a tenth of the fallback's
-# beta, as in the tables above. dspo, mapo and linear have the same beta as in the tables above.
+# Diffusion-DPO there: velocity errors are larger than noise errors. mu is SDXL's, because
+# https://huggingface.co/papers/2511.03317 states none for a flow model. simpo's beta is a tenth of the fallback's, as
+# in the tables above; dspo, mapo and linear have the same beta as there.
 FLOW_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
     "capo": LossDefaults(beta=1000.0, safeguard_mu=0.6, beta_lora=50.0),

@@ -14,9 +14,8 @@ from .base import Family, check_in_channels
 class Lumina2Family(Family):
     """Trains `Lumina2Pipeline`, also under its older name `Lumina2Text2ImgPipeline`.
 
-    The transformer's time runs from 0 (noise) to 1 (image), and the transformer predicts image minus noise. This class
-    reverses the time and the sign of the prediction, so that the usual noise process applies. The pipeline's system
-    prompt is put before each prompt, as in the pipeline's call.
+    The transformer's time runs from 0 (noise) to 1 (image), and it predicts image minus noise. We reverse both,
+    so that the usual noise process applies. As in the pipeline's call, its system prompt precedes each prompt.
 
     Source: https://huggingface.co/papers/2503.21758.
     """

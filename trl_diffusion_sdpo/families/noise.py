@@ -1,7 +1,6 @@
 """Noise processes: how training adds noise to latents, at which timesteps, and what the denoiser must predict.
 
-A noise process is built from the configuration of a scheduler. [`TimestepSampling`] is the distribution of the
-timesteps.
+A noise process is built from a scheduler's configuration. [`TimestepSampling`] is the distribution of the timesteps.
 """
 
 import math
@@ -17,7 +16,7 @@ from diffusers import DDPMScheduler
 from ..utils.errors import UserError
 
 WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which CPU memory is not pinned
-_BISECTIONS = 50  # number of bisections, enough for the precision of float64
+_BISECTIONS = 50  # enough for the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
 TimestepWeighting = Literal["none", "min_snr", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
@@ -32,10 +31,10 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """The distribution from which training samples noise levels in `[0, 1]`, given by its quantile function.
+    """Distribution from which training samples noise levels in `[0, 1]`, given by its quantile function.
 
-    In this class, "noise level" means the timestep divided by `num_train_timesteps` for DDPM, and sigma before any
-    shift for flow matching.
+    Here, "noise level" means the timestep divided by `num_train_timesteps` for DDPM, and sigma before any shift for
+    flow matching.
 
     Example:
 
@@ -45,13 +44,13 @@ class TimestepSampling:
     ```
 
     Args:
-        scheme (`str`): `"none"` is the uniform distribution. `"logit_normal"` and `"mode"` sample middle noise levels
-            more often. The names are those of the option `weighting_scheme` in diffusers' scripts.
-        logit_mean (`float`): Mean of `"logit_normal"`. With a mean above 0, higher noise levels are sampled more
-            often. In diffusers' scripts, a mean above 0 has the opposite effect.
+        scheme (`str`): `"none"` is uniform. `"logit_normal"` and `"mode"` sample middle noise levels more often. The
+            names are those of `weighting_scheme` in diffusers' scripts.
+        logit_mean (`float`): Mean of `"logit_normal"`. Above 0, higher noise levels are sampled more often (in
+            diffusers' scripts, less often).
         logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
-        mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 gives the uniform distribution. With larger values,
-            middle noise levels are sampled more often.
+        mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 is uniform; larger values sample middle noise levels
+            more often.
 
     Source: https://huggingface.co/papers/2403.03206, section 3.1.
     """
@@ -78,7 +77,7 @@ class TimestepSampling:
             )
 
     def quantile(self, share: torch.Tensor) -> torch.Tensor:
-        """Turn uniform random numbers into noise levels. The function increases from 0 at 0 to 1 at 1.
+        """Turn uniform random numbers into noise levels, increasing from 0 at 0 to 1 at 1.
 
         Args:
             share (`torch.Tensor`): Numbers in `[0, 1]`, of any shape and float dtype.
@@ -95,7 +94,7 @@ def _logit_normal(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tens
 
 
 def _mode(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
-    # Equation 20 of the paper, evaluated at 1 - share, because the function in the paper decreases.
+    # Equation 20 of the paper, evaluated at 1 - share, because it decreases there.
     return share - sampling.mode_scale * (torch.sin(torch.pi / 2 * share).square() - share)
 
 
@@ -132,8 +131,8 @@ UNIFORM = TimestepSampling()
 
 @lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor with these values from a cache, so that training steps do not copy the values from the CPU.
-    Do not modify the tensor."""
+    """Return a tensor with these values from a cache, so that training steps copy nothing from the CPU. Do not modify
+    it."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -150,7 +149,7 @@ class NoiseProcess(ABC):
     ```
 
     Attributes:
-        prediction_type (`str`): What the denoiser predicts, with the name that diffusers uses, such as `"epsilon"`.
+        prediction_type (`str`): What the denoiser predicts, by diffusers' name, such as `"epsilon"`.
         num_train_timesteps (`int`): Number of timesteps of the denoiser's original training.
         known_timesteps (`str`): Description of the allowed timesteps, for error messages.
         timestep_dtype (`torch.dtype`): Dtype of timesteps.
@@ -163,8 +162,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def __init__(self, scheduler_config: Mapping[str, Any]):
-        """Build the process from a scheduler's configuration. Raise `ValueError` if the scheduler belongs to another
-        process."""
+        """Build the process from a scheduler's configuration. Raise `ValueError` if that belongs to another process."""
 
     def timesteps(
         self,
@@ -175,21 +173,20 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor:
-        """Turn uniform random numbers into timesteps of a given distribution.
+        """Turn uniform random numbers into timesteps of a distribution.
 
         Args:
             uniform (`torch.Tensor` of shape `(N,)`): Uniform random numbers in `[0, 1]`.
-            timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from. If `None`, all
-                timesteps are possible. Integer timesteps are below `high`, as in Python's `range`.
-            sampling (`TimestepSampling`): Distribution of noise levels. The default is uniform.
-            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. If `only` is
-                set, `timestep_range` and `sampling` are ignored.
-            image_seq_len (`int`, *optional*): Number of tokens per image. Only schedules that depend on the image size
-                need this number.
+            timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from; `None` for all
+                timesteps. Integer timesteps are below `high`, as in Python's `range`.
+            sampling (`TimestepSampling`): Distribution of noise levels, uniform by default.
+            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability, and ignore
+                `timestep_range` and `sampling`.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
 
         Returns:
             `torch.Tensor` of shape `(N,)`: Timesteps, int64 for DDPM and float32 for flow matching. A larger
-            uniform number gives a larger timestep, and 0 gives `low`.
+            uniform number gives a larger one, and 0 gives `low`.
         """
         if only is not None:
             index = (uniform * len(only)).long().clamp(max=len(only) - 1)
@@ -216,15 +213,15 @@ class NoiseProcess(ABC):
         """Return whether a number is a timestep of this process."""
 
     def nearest(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Round numbers to the nearest timesteps of this process, in the dtype of timesteps. Samplers may use numbers
-        between two timesteps."""
+        """Round numbers to the nearest timesteps of this process, in their dtype. Samplers may use numbers in
+        between."""
         return timesteps.float()
 
     @abstractmethod
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
-        """Return the result of `timesteps` for the range `(low, high)`, without `only`."""
+        """Return what `timesteps` returns for the range `(low, high)`, without `only`."""
 
     def weights(
         self,
@@ -234,15 +231,14 @@ class NoiseProcess(ABC):
         snr_gamma: float | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
-        """Return the weights of squared errors at these timesteps, or `None` if all weights are 1.
+        """Return the weights of squared errors at these timesteps, or `None` if all are 1.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            weighting (`str`): `"none"`; `"min_snr"`, see `min_snr_weights`; or `"one_minus_t_squared"` for the factor
-                `(1 - sigma)^2` with flow matching. In https://huggingface.co/papers/2501.13918, beta is multiplied by
-                this factor.
+            weighting (`str`): `"none"`; `"min_snr"`, see `min_snr_weights`; or `"one_minus_t_squared"` for
+                `(1 - sigma)^2` with flow matching, by which https://huggingface.co/papers/2501.13918 multiplies beta.
             snr_gamma (`float`, *optional*, defaults to 5): Gamma of `"min_snr"`. Other weightings take none.
-            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on this number.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32, or `None`.
@@ -267,12 +263,11 @@ class NoiseProcess(ABC):
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return Min-SNR weights. With these weights, the squared error of the predicted clean latents has the weight
-        `min(snr, gamma)`.
+        """Return Min-SNR weights, with which the squared error of the predicted clean latents weighs `min(snr, gamma)`.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`, int64): Timesteps in `[0, num_train_timesteps)`.
-            gamma (`float`): Limit to which larger signal-to-noise ratios are cut, above 0. The paper uses 5.
+            gamma (`float`): Upper bound for signal-to-noise ratios, above 0. The paper uses 5.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32: `min(snr, gamma)`, divided by `snr` for the prediction type
@@ -306,12 +301,12 @@ class NoiseProcess(ABC):
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`, `(N,)`, float32 in `[0, 1]`.
 
-        For flow matching, the noise level is sigma. For DDPM, the noise level is the sigma at which flow matching has
-        the same signal-to-noise ratio, so noise levels of different schedules can be compared.
+        For flow matching, this is sigma; for DDPM, the sigma at which flow matching has the same signal-to-noise ratio,
+        so that noise levels of different schedules can be compared.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on this number.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
         """
         return 1.0 / (1.0 + self.snr(timesteps).sqrt())
 
@@ -323,7 +318,7 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         sampling: TimestepSampling = UNIFORM,
     ) -> torch.Tensor:
-        """Return the timesteps in `only`, or else all whole numbers in the range from which `timesteps` samples."""
+        """Return the timesteps in `only`, or else all whole numbers in the range that `timesteps` samples from."""
         if only is not None:
             return self._table(only, device)
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
@@ -335,13 +330,13 @@ class NoiseProcess(ABC):
 
 
 class DDPMProcess(NoiseProcess):
-    """The variance-preserving process of DDPM with discrete timesteps: `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`.
+    """Variance-preserving process of DDPM with discrete timesteps: `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`.
 
-    All computations are done by diffusers' `DDPMScheduler` in float32, also if the pipeline has another scheduler.
+    Diffusers' `DDPMScheduler` does all computations, in float32, even if the pipeline has another scheduler.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of any DDPM scheduler (DDIM, PNDM, Euler, DPM-Solver,
-            ...). The process uses only its betas and its prediction type.
+            ...), used only for its betas and its prediction type.
 
     Source: https://huggingface.co/papers/2006.11239 and, for v_prediction, https://huggingface.co/papers/2202.00512.
     """
@@ -400,15 +395,14 @@ class DDPMProcess(NoiseProcess):
 
 
 class FlowMatchingProcess(NoiseProcess):
-    """The linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`.
+    """Linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`.
 
     The target is the velocity `noise - x_0`. A timestep is `num_train_timesteps * sigma`, in float32 and not rounded.
-    Sampled noise levels are shifted as in the pipeline: with a constant shift, or with a shift that grows with the
-    number of image tokens.
+    Sampled noise levels are shifted as in the pipeline, by a constant or the more, the more image tokens there are.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`
-            (with `shift` or `use_dynamic_shifting`), or of another scheduler with `use_flow_sigmas` and `flow_shift`.
+            (with `shift` or `use_dynamic_shifting`), or of another one with `use_flow_sigmas` and `flow_shift`.
 
     Source: https://huggingface.co/papers/2403.03206, section 3; equation 23 for the shift.
     """
@@ -444,8 +438,8 @@ class FlowMatchingProcess(NoiseProcess):
         return 0 <= timestep <= self.num_train_timesteps
 
     def shift_of(self, image_seq_len: int) -> float:
-        """Return `mu`, which pipelines with dynamic shifting pass to their scheduler. `mu` is a linear function of the
-        number of image tokens, through two points from the scheduler's configuration."""
+        """Return `mu`, which pipelines with dynamic shifting pass to their scheduler: linear in the number of image
+        tokens, through two points from the scheduler's configuration."""
         slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0])
         return self.shifts[0] + slope * (image_seq_len - self.lengths[0])
 
@@ -476,7 +470,7 @@ class FlowMatchingProcess(NoiseProcess):
     ) -> torch.Tensor:
         total = self.num_train_timesteps
         factor = self._shift_factor(image_seq_len)
-        # `low` and `high` are timesteps after the shift. Sample before the shift, and apply the shift at the end.
+        # `low` and `high` are timesteps after the shift, so sample before it and apply it at the end.
         ends = [end / total / (factor - (factor - 1.0) * end / total) for end in (low, high)]
         first, last = (sampling.share_below(end) for end in ends)
         levels = sampling.quantile(first + uniform.float() * (last - first))
@@ -497,13 +491,12 @@ class FlowMatchingProcess(NoiseProcess):
 
 # ---- Random numbers of pairs ----------------------------------------------------------------------------------------
 #
-# Random numbers are drawn on the CPU, so that a seed gives the same noise on every machine. On a GPU, they would depend
-# on its number of multiprocessors.
+# They are drawn on the CPU, so that a seed gives the same noise on every machine. On a GPU, they would depend on its
+# number of multiprocessors.
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return one random generator on the CPU for each seed, so that the random numbers of a pair do not depend on the
-    other pairs of its batch."""
+    """Return one CPU generator for each seed, so that a pair's random numbers do not depend on its batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
@@ -515,8 +508,8 @@ def uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
 def standard_normal(
     shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return standard normal noise of a shape `(N, ...)` on a device. The i-th of N CPU
-    generators draws row i. The copy to the device is asynchronous."""
+    """Return standard normal noise `(N, ...)` on a device, row i drawn by the i-th of N CPU generators. The copy is
+    asynchronous."""
     noise = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type not in WITHOUT_PINNED_MEMORY)
     for row, generator in zip(noise, generators, strict=True):
         row.normal_(generator=generator)
@@ -524,7 +517,7 @@ def standard_normal(
 
 
 def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy of a small CPU tensor on a device, without waiting for the device."""
+    """Return a copy of a small CPU tensor on a device, without waiting for it."""
     if device.type in WITHOUT_PINNED_MEMORY:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -9,7 +9,7 @@ from .packing import PackedLatentsFamily, pack_patches, patch_positions
 
 
 class OvisImageFamily(PackedLatentsFamily):
-    """Trains `OvisImagePipeline`. Prompts are padded with zeros to a fixed length, and the padding is not masked."""
+    """Trains `OvisImagePipeline`. Prompts are padded with zeros to a fixed length, without a mask."""
 
     name = "Ovis-Image"
     frozen_components = ("vae", "text_encoder")

@@ -22,7 +22,7 @@ class PackedLatentsFamily(Family):
     """Base class of families with the transformer blocks of FLUX.1. Each token is a square of two by two latents."""
 
     lora_target_modules = TWO_STREAM_TARGETS
-    # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, as large and distilled models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' LoRA script for FLUX.1; the other families have no such script
     patch_size = 2
@@ -46,7 +46,7 @@ class PackedLatentsFamily(Family):
 
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:
     """Return latents `(N, C, H, W)` as tokens `(N, H/2 * W/2, 4C)`, row by row. A token is a square of two by two
-    latents, whose 4C numbers are ordered by channel. Height and width must be even."""
+    latents, its 4C numbers ordered by channel. Height and width must be even."""
     n, channels, height, width = latents.shape
     squares = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(n, height * width // 4, 4 * channels)
@@ -60,8 +60,8 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Return the position ids of packed latents, `(H/2 * W/2, 3)`, in float32 as FLUX expects. A token's three numbers
-    are 0, its row and its column."""
+    """Return the position ids of packed latents, `(H/2 * W/2, 3)`, in float32 as FLUX expects: 0, row and column of
+    each token."""
     ids = torch.zeros(height // 2, width // 2, 3, device=device)
     ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
     ids[..., 2] = torch.arange(width // 2, device=device)

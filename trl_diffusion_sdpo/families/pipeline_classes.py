@@ -1,7 +1,6 @@
-"""The pipeline classes that the families of this package train, by "module:Class" of the family.
+"""The pipeline classes that this package trains, by "module:Class" of their family.
 
-A family trains saved pipelines of any of its classes, and loads all of them as the first class, which makes images from
-text.
+A family loads saved pipelines of any of its classes as the first, which makes images from text.
 """
 
 PIPELINE_CLASSES: dict[str, tuple[str, ...]] = {

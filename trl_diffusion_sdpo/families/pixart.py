@@ -1,6 +1,6 @@
 """PixArt-alpha and PixArt-Sigma: transformers with a T5 text encoder, trained by DDPM.
 
-PixArt-alpha and PixArt-Sigma differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
+They differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class PixArtHooks(Family):
         "linear_1",
         "linear_2",
     )
-    # Our choice: a tenth of the 2e-5 in the published configurations, which start from less trained weights.
+    # Our choice: a tenth of the published 2e-5, which is for less trained weights.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # our choice: the same as for other models; PixArt's script has 1e-6
     defaults = DDPM_DEFAULTS
@@ -42,20 +42,20 @@ class PixArtHooks(Family):
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether the transformer is conditioned on image sizes. If the configuration leaves this open, models with a
-        resolution of 1024 pixels are conditioned on sizes."""
+        """Whether the transformer is conditioned on image sizes. If the configuration leaves it open, models for 1024
+        pixels are."""
         config = self.denoiser.config
         stated = config.use_additional_conditions
         return config.sample_size == 128 if stated is None else stated
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""
+        """Return arguments that also stop the pipeline from rounding image sizes to a fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return the embeddings of prompts, `(N, tokens, width)`, and their mask, `(N, tokens)`, bool.
 
-        If the packages `bs4` and `ftfy` are installed, prompts are cleaned as in the pipeline's call.
+        With the packages `bs4` and `ftfy`, prompts are cleaned as in the pipeline's call.
         """
         clean = is_bs4_available() and is_ftfy_available()
         prompt_embeds, mask, _, _ = self.call_encode_prompt(
@@ -71,7 +71,7 @@ class PixArtHooks(Family):
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
             "encoder_attention_mask": conditioning["prompt_attention_mask"],
             "timestep": timesteps,
-            # Both values are `None` if the transformer is not conditioned on sizes.
+            # Both `None` if the transformer is not conditioned on sizes.
             "added_cond_kwargs": {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
         }
 
@@ -92,8 +92,8 @@ class PixArtAlphaFamily(PixArtHooks):
     ) -> dict[str, torch.Tensor]:
         """Return height and width of the training images, `(N, 2)`, and height divided by width, `(N, 1)`, in float32.
 
-        If the transformer is not conditioned on image sizes, the result is empty. As in the pipeline and in PixArt's
-        LoRA script, sizes are those after resizing and cropping, not the original ones.
+        Empty if the transformer is not conditioned on image sizes. As in the pipeline and PixArt's LoRA script, sizes
+        are those after resizing and cropping.
         """
         if not self.takes_sizes:
             return {}

@@ -1,6 +1,6 @@
 """Qwen-Image: a transformer over packed latents, conditioned on a vision-language model and trained by flow matching.
 
-The VAE is a video VAE. It encodes an image as a video of one frame.
+The video VAE encodes an image as one frame.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ class QwenImageLatentsFamily(Family):
     """
 
     frozen_components = ("vae", "text_encoder")
-    # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, as larger models need smaller steps.
     learning_rate_full = 1e-6
     patch_size = 2
     conditional_rows = "all"
     prompt_padding: ClassVar[PromptPadding] = "end"
-    max_sequence_length = 512  # longer prompts are truncated to this number of tokens, the pipeline's default
+    max_sequence_length = 512  # tokens, the pipeline's default; longer prompts are truncated
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
@@ -56,8 +56,8 @@ class QwenImageLatentsFamily(Family):
 class QwenImageFamily(QwenImageLatentsFamily):
     """Trains `QwenImagePipeline`.
 
-    Pipelines that were saved as the image-to-image or inpainting class can be trained too, because their transformer is
-    the same. Qwen-Image-Layered cannot be trained, because it has another pipeline.
+    Pipelines saved as the image-to-image or inpainting class can be trained too: their transformer is the same.
+    Qwen-Image-Layered has another pipeline and cannot.
     """
 
     name = "Qwen-Image"
@@ -77,13 +77,13 @@ class QwenImageFamily(QwenImageLatentsFamily):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of the last block's modules for text tokens. After this block, only image tokens are used."""
+        """Names of the last block's modules for text tokens, whose output nobody uses."""
         last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return the guidance scale as `true_cfg_scale`, and the negative prompt of the model card, which is a space.
-        The pipeline applies guidance only if it gets a negative prompt."""
+        """Return the guidance scale as `true_cfg_scale`, and a space as negative prompt, as in the model card. Without
+        one, the pipeline applies no guidance."""
         guidance = {} if scale is None else {"true_cfg_scale": scale}
         return guidance if scale is not None and scale <= 1 else {**guidance, "negative_prompt": " "}
 
@@ -121,19 +121,19 @@ class QwenImageFamily(QwenImageLatentsFamily):
 class QwenImageEditFamily(QwenImageFamily):
     """Trains `QwenImageEditPipeline`, which edits a source image by the prompt.
 
-    The text encoder reads prompt and source image together. In the transformer, tokens of the source image follow the
-    noisy latents. Only the noisy latents have a prediction and an error.
+    The text encoder reads prompt and source image together. In the transformer, source tokens follow the noisy latents,
+    and have no prediction or error.
     """
 
     name = "Qwen-Image-Edit"
     takes_source = True
     other_inputs = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     pipeline_module: ClassVar[ModuleType] = pipeline_qwenimage_edit
-    source_area: ClassVar[int] = 1024 * 1024  # number of pixels of a source image for the VAE
-    read_area: ClassVar[int] = 1024 * 1024  # number of pixels of a source image for the text encoder
+    source_area: ClassVar[int] = 1024 * 1024  # pixels of a source image for the VAE
+    read_area: ClassVar[int] = 1024 * 1024  # pixels of a source image for the text encoder
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode each prompt together with its source images, and encode the source images to latents."""
+        """Encode each prompt together with its source images, and the source images to latents."""
         latents = self.encode_sources(sources)
         rows = []
         masks = []

@@ -20,14 +20,14 @@ from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
 SLOT = 2  # in the text encoder's sequence, one token of an image covers a square of latents with this side
-SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
+SOURCE_AREA = 1024 * 1024  # pixels of a resized source image
 
 
 class QwenImage21Family(QwenImageLatentsFamily):
     """Trains `QwenImage21Pipeline`, on prompts alone or with source images.
 
-    The position ids of image tokens start after those of the padded prompt. As in the pipeline, a prediction therefore
-    depends on the length of the longest prompt of its batch.
+    Position ids of image tokens start after those of the padded prompt. As in the pipeline, a prediction therefore
+    depends on the longest prompt of its batch.
 
     The model is made for sampling without classifier-free guidance.
     """
@@ -42,7 +42,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
     takes_several_sources = True
 
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
-        """Keep the timestep's frequencies in float32, as the model's files leave them. DeepSpeed and
+        """Keep the timestep's frequencies in float32, as in the model's files. DeepSpeed and
         `pipeline.to(torch.bfloat16)` round them."""
         for module in denoiser.modules():
             if isinstance(module, QwenImage21TemporalTimesteps) and _exact_frequencies not in forward_pre_hooks(
@@ -59,8 +59,8 @@ class QwenImage21Family(QwenImageLatentsFamily):
             )
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return the guidance scale as `true_cfg_scale`, with a space as the negative prompt. The pipeline applies
-        guidance only if it gets a negative prompt."""
+        """Return the guidance scale as `true_cfg_scale`, and a space as negative prompt. Without one, the pipeline
+        applies no guidance."""
         if scale is None:
             return {}
         return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 else {})}
@@ -73,7 +73,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode each prompt together with its source images, and encode the source images to latents."""
+        """Encode each prompt together with its source images, and the source images to latents."""
         latents = self.encode_sources(sources)
         rows = []
         masks = []

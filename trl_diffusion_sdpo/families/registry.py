@@ -1,6 +1,6 @@
 """Find the model family of a pipeline class.
 
-Families come from this package, from `register_family`, and from entry points of installed packages. They are imported
+Families come from this package, from `register_family`, and from entry points of installed packages, and are imported
 when one of their pipelines is first used.
 """
 
@@ -58,7 +58,7 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
 
 
 def known_pipeline_classes() -> list[str]:
-    """Return the names of all pipeline classes that have a family."""
+    """Return the names of all pipeline classes with a family."""
     return list(dict.fromkeys([*FAMILIES, *_registered, *(entry.name for entry in _entry_points())]))
 
 
@@ -101,8 +101,8 @@ def _entry_points() -> EntryPoints:
 
 
 def _sources(name: str) -> list[tuple[str, str]]:
-    """Return all families of a pipeline class, as `"module:Class"` and a description of the source. A family from
-    `register_family` comes first."""
+    """Return all families of a pipeline class as `"module:Class"` and a description of their source, one from
+    `register_family` first."""
     sources = [(_registered[name], "register_family")] if name in _registered else []
     if name in FAMILIES:
         sources.append((FAMILIES[name], "built in"))

@@ -16,8 +16,8 @@ from .base import Family
 class SanaFamily(Family):
     """Trains `SanaPipeline`: Sana and Sana 1.5.
 
-    Sana-Sprint is refused, because it was distilled to few steps with another objective. The pipeline's default
-    instruction is put before each prompt. The autoencoder draws no random numbers, so latents do not depend on a seed.
+    Refuses Sana-Sprint, which was distilled to few steps with another objective. The pipeline's default instruction
+    precedes each prompt. The autoencoder draws no random numbers, so latents do not depend on a seed.
 
     Source: https://huggingface.co/papers/2410.10629.
     """
@@ -29,7 +29,7 @@ class SanaFamily(Family):
     learning_rate_lora = 1e-4  # from diffusers' script
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""
+        """Return arguments that also stop the pipeline from rounding image sizes to a fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -48,7 +48,7 @@ class SanaFamily(Family):
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return latents, because this autoencoder is deterministic and has no posterior."""
+        """Return latents: this autoencoder is deterministic and has no posterior."""
         return self.pipeline.vae.encode(pixel_values).latent
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
@@ -71,6 +71,5 @@ class SanaFamily(Family):
         return inputs["timestep"] / self.denoiser.config.timestep_scale
 
     def _instruction(self) -> list[str]:
-        """Return the default instruction that the pipeline's call puts before prompts. `encode_prompt` has no such
-        default."""
+        """Return the instruction that the pipeline's call puts before prompts; `encode_prompt` has no such default."""
         return inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default

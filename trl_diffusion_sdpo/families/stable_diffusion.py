@@ -14,16 +14,15 @@ from .unet_checks import check_text_to_image_unet
 class StableDiffusionFamily(Family):
     """Trains `StableDiffusionPipeline`.
 
-    Pipelines that were saved as the image-to-image or inpainting class can be trained too, if their UNet is that of a
-    text-to-image model.
+    Pipelines saved as the image-to-image or inpainting class can be trained too, if their UNet is a text-to-image one.
     """
 
     name = "Stable Diffusion"
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
-    # Published: 2.05e-5 for AdamW at 2048 pairs per step. We assume about 20 pairs per step, and scale the rate with
-    # the square root of the number of pairs.
+    # Published: 2.05e-5 for AdamW at 2048 pairs per step. We assume about 20 pairs, and scale with the square root of
+    # their number.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # diffusers' DPO script uses 1e-5, over 10000 steps
     defaults = STABLE_DIFFUSION_DEFAULTS

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer over one sequence of image and text tokens, trained by flow matching.
 
-The transformer is conditioned on two CLIP text encoders and optionally on T5.
+It is conditioned on two CLIP text encoders and optionally on T5.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ from .base import JOINT_ATTENTION_TARGETS, Family, check_in_channels
 class StableDiffusion3Family(Family):
     """Trains `StableDiffusion3Pipeline`.
 
-    Pipelines that were saved as the image-to-image or inpainting class can be trained too, if their transformer is that
-    of a text-to-image model. The pipeline may be loaded without T5 (`text_encoder_3=None, tokenizer_3=None`). It then
-    uses zeros in place of T5's embeddings.
+    Pipelines saved as the image-to-image or inpainting class can be trained too, if their transformer is a
+    text-to-image one. Loaded without T5 (`text_encoder_3=None, tokenizer_3=None`), the pipeline uses zeros in place of
+    its embeddings.
 
     Source of the architecture and the noise process: https://huggingface.co/papers/2403.03206.
     """
 
     name = "Stable Diffusion 3"
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    # The joint attention of every block, as in diffusers' train_dreambooth_lora_sd3.py. Some blocks of 3.5 Medium have
-    # a second attention (`attn2`), which is not trained.
+    # The joint attention of every block, as in diffusers' train_dreambooth_lora_sd3.py. The second attention (`attn2`)
+    # of some blocks of 3.5 Medium is not trained.
     lora_target_modules = JOINT_ATTENTION_TARGETS
     learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)
     learning_rate_lora = 1e-4  # from diffusers' script

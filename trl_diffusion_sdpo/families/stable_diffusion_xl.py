@@ -1,6 +1,6 @@
 """Stable Diffusion XL: a UNet with two CLIP text encoders, trained by DDPM.
 
-The UNet is also conditioned on the pooled text embedding and on image sizes.
+It is also conditioned on the pooled text embedding and on image sizes.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,9 @@ N_TIME_IDS = 6  # original height and width, crop top and left, target height an
 
 
 class StableDiffusionXLFamily(Family):
-    """Trains `StableDiffusionXLPipeline` with a base UNet. Refiner UNets are refused, because they need an aesthetic
-    score as an input.
+    """Trains `StableDiffusionXLPipeline` with a base UNet. Refuses refiner UNets, which need an aesthetic score.
 
-    An empty prompt is encoded like any other prompt, as in diffusers' training scripts. The pipeline's option
+    An empty prompt is encoded like any other, as in diffusers' training scripts. The pipeline's
     `force_zeros_for_empty_prompt` only affects negative prompts under classifier-free guidance.
 
     Source of the size conditioning: https://huggingface.co/papers/2307.01952, section 2.2.
@@ -31,8 +30,8 @@ class StableDiffusionXLFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
-    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. We assume about 20 pairs per step, and scale the rate
-    # with the square root of the number of pairs.
+    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. We assume about 20 pairs, and scale with the square root
+    # of their number.
     learning_rate_full = 2e-7
     learning_rate_lora = 1e-4  # diffusers' DPO script uses 1e-5
     defaults = STABLE_DIFFUSION_XL_DEFAULTS
@@ -47,7 +46,7 @@ class StableDiffusionXLFamily(Family):
                 f"An SDXL UNet must have `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a "
                 "pipeline with an SDXL UNet."
             )
-        if self.pipeline.text_encoder_2 is None:  # a pipeline without text encoders, which generates from embeddings
+        if self.pipeline.text_encoder_2 is None:  # the pipeline generates from embeddings
             return
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         expected = N_TIME_IDS * unet.addition_time_embed_dim + pooled
@@ -66,8 +65,8 @@ class StableDiffusionXLFamily(Family):
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Multiply latents by the scaling factor. If the VAE's configuration has `latents_mean` and `latents_std`, also
-        normalise each channel."""
+        """Multiply latents by the scaling factor, and normalise each channel if the VAE's configuration has
+        `latents_mean` and `latents_std`."""
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
@@ -77,8 +76,8 @@ class StableDiffusionXLFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return `time_ids` `(N, 6)`: original size, crop and target size, as in the pipeline. The dtype is float32,
-        because half precision would round the sizes."""
+        """Return `time_ids` `(N, 6)`: original size, crop and target size, as in the pipeline. In float32, because half
+        precision would round them."""
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
         time_ids = torch.cat([original_sizes, crop_top_lefts.to(original_sizes), target_sizes], dim=1)

@@ -8,7 +8,7 @@ from ..utils.errors import UserError
 
 
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
-    """Raise `ValueError` if a pipeline's UNet needs other inputs than noisy latents, timesteps and prompts. UNets for
+    """Raise `ValueError` if a pipeline's UNet needs more than noisy latents, timesteps and prompts. UNets for
     inpainting, depth or editing need more input channels, and distilled UNets a guidance scale."""
     unet: Any = pipeline.unet.config
     channels = pipeline.vae.config.latent_channels

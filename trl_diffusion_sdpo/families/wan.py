@@ -11,26 +11,26 @@ import torch
 from ..utils.errors import UserError
 from .base import Family, channel_statistics, check_in_channels
 
-MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this number of tokens, the pipeline's default
+MAX_SEQUENCE_LENGTH = 512  # tokens to which every prompt is padded, the pipeline's default
 
 
 class WanFamily(Family):
     """Trains `WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
 
-    Wan 2.2 A14B has two transformers, one for each of two timestep ranges. A pipeline with both transformers is
-    refused. Train each transformer separately: load a pipeline with only this transformer, and set `timestep_range` to
-    its range. Image-to-video transformers are refused too.
+    Wan 2.2 A14B has two transformers, one for each of two timestep ranges, and a pipeline with both is refused. Train
+    them separately: load a pipeline with only one, and set `timestep_range` to its range. Image-to-video transformers
+    are refused too.
     """
 
     name = "Wan"
     frozen_components = ("vae", "text_encoder")
     # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script for Wan.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, as larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # our choice, as in diffusers' scripts for other transformers
     patch_size = 2
-    # Default (height, width) of the pipeline's call. Every checkpoint supports this size.
+    # Default (height, width) of the pipeline's call, which every checkpoint supports.
     default_resolution = (480, 832)
     conditional_rows = "all"
     generated_image = "frames[0][0]"
@@ -40,7 +40,7 @@ class WanFamily(Family):
         return self.pipeline.vae_scale_factor_spatial
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments for generating a video of one frame, which is an image."""
+        """Return arguments for a video of one frame, which is an image."""
         return {**super().generation_kwargs(scale), "num_frames": 1, "output_type": "pil"}
 
     def check_pipeline(self) -> None:
@@ -70,8 +70,8 @@ class WanFamily(Family):
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the output of the VAE's encoder for images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
 
-        With the VAE of Wan 2.1, the result has shape `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`. Raise
-        `ValueError` if the number of frames does not fit the VAE, which would silently ignore the last frames.
+        With the VAE of Wan 2.1, the result is `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`. Raise `ValueError` if the
+        number of frames does not fit the VAE, which would silently ignore the last ones.
         """
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
         frames = clips.shape[2]
@@ -90,7 +90,7 @@ class WanFamily(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Return the denoiser's inputs, with one timestep per row. A pipeline with `expand_timesteps` repeats the
-        timestep for every token, which gives the same result."""
+        """Return the denoiser's inputs, with one timestep per row. A pipeline with `expand_timesteps` repeats it for
+        every token, with the same result."""
         text = conditioning["prompt_embeds"].to(latents.dtype)
         return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}

@@ -1,6 +1,6 @@
 """Z-Image: a transformer over one sequence of image and prompt tokens, trained by flow matching.
 
-Prompts are encoded by Qwen 3, and the transformer gets prompts without padding.
+The transformer gets prompts, encoded by Qwen 3, without padding.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,14 @@ PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
 
 
 class ZImageFamily(Family):
-    """Trains `ZImagePipeline` with the models Z-Image or Z-Image-Turbo. Transformers of Z-Image-Omni are refused.
+    """Trains `ZImagePipeline` with Z-Image or Z-Image-Turbo. Refuses transformers of Z-Image-Omni.
 
-    Turbo is distilled from Z-Image to generate in about eight steps without guidance, but its configuration does not
-    say so. Long training of Turbo gradually undoes the distillation, so better train Z-Image.
+    Better train Z-Image than Turbo, which is distilled from it to generate in about eight steps without guidance
+    (its configuration does not say so). Long training gradually undoes the distillation.
 
-    The transformer's time runs from 0 (noise) to 1 (image), and the transformer predicts image minus noise. This class
-    reverses the time and the sign of the prediction, so that the usual noise process applies. In this pipeline,
-    guidance is off at `guidance_scale=0` instead of 1, because the pipeline adds the scaled guidance to the prediction
-    for the prompt.
+    The transformer's time runs from 0 (noise) to 1 (image), and it predicts image minus noise. We reverse both,
+    so that the usual noise process applies. Guidance is off at `guidance_scale=0` instead of 1: the pipeline adds the
+    scaled guidance to the prediction for the prompt.
 
     Source: https://huggingface.co/papers/2511.22699.
     """
@@ -49,11 +48,11 @@ class ZImageFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        # The pipeline changes the prompts in the list, so pass a copy of the list.
+        # The pipeline changes the list, so pass a copy.
         rows, _ = self.call_encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
         )
-        # Pad embeddings to a fixed length, so that embeddings of several batches can be put into one batch.
+        # Pad to a fixed length, so that embeddings of several batches fit into one.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
         # Lengths stay on the CPU, where every prediction reads them to remove the padding.
         lengths = torch.tensor([len(row) for row in rows])

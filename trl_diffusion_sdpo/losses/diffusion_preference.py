@@ -169,13 +169,13 @@ def diffusion_preference_loss(
             num_noise_bins=num_noise_bins,
         )
 
-    # Scale the losers' gradients. The values of the predictions and of the loss do not change.
+    # Scale the losers' gradients; the values of predictions and loss stay.
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))
     terms = terms_of(model_pred)
     losses, loss = losses_of(terms)
 
-    # Compute metrics. The safeguard has metrics only if the loss reads losers.
+    # Compute metrics, those of the safeguard only if the loss reads losers.
     used_beta = beta if spec.uses_beta else None
     metrics = pair_metrics(terms, beta=used_beta)
     if spec.uses_loser:
@@ -186,7 +186,7 @@ def diffusion_preference_loss(
     return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
 
 
-# ---- Metrics. Reward metrics have the names of TRL, the other metrics the names of the paper ------------------------
+# ---- Metrics. Reward metrics have the names of TRL, the others those of the paper -----------------------------------
 
 
 def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Tensor]:
@@ -194,14 +194,14 @@ def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Ten
 
     Args:
         terms ([`PairTerms`]): Terms of the pairs.
-        beta (`float`, *optional*): Factor beta of the rewards. Without it, there are none.
+        beta (`float`, *optional*): Factor of the rewards. Without it, there are none.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the
         timestep weights of the loss), `rewards/margins`, `rewards/accuracies` (a tie counts half, as it does for every
         pair before the first step; TRL counts ties as wrong), `errors/winner` and `errors/loser`
         (mean squared errors without timestep weights). With a reference, also `errors/winner_change` and
-        `errors/loser_change` (error of the policy minus error of the reference).
+        `errors/loser_change` (error of the policy minus that of the reference).
     """
     metrics: dict[str, torch.Tensor] = {}
     if beta is not None:
@@ -231,13 +231,12 @@ def safeguard_metrics(
         cosine (`torch.Tensor` of shape `()`, *optional*): Cosine between the winners' and the losers' residuals.
         past (`torch.Tensor` of shape `(B,)`, *optional*): Pairs whose logit exceeds `target_logit`, so that the loss
             raises the winner's error.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
-            lambda.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients besides lambda.
 
     Returns:
         `dict[str, torch.Tensor]`: `safeguard/scale` (mean lambda) and `safeguard/active` (share of lambdas below 1).
-        Each optional argument that is passed adds a metric: `safeguard/cosine`, `safeguard/past_target` (share of pairs
-        in `past`) and `safeguard/loser_weight` (mean of `loser_weights`).
+        Each optional argument adds a metric: `safeguard/cosine`, `safeguard/past_target` (share of pairs in `past`) and
+        `safeguard/loser_weight` (mean of `loser_weights`).
     """
     metrics = {"safeguard/scale": scale.mean(), "safeguard/active": (scale < 1).float().mean()}
     if cosine is not None:
@@ -360,7 +359,7 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return predictions `(2B, ...)` in float32. Their backward pass multiplies the losers' gradients by `scale`."""
+    """Return predictions `(2B, ...)` in float32, whose backward pass multiplies the losers' gradients by `scale`."""
     winner, loser = model_pred.float().chunk(2)  # (2B, ...) -> two of (B, ...)
     return torch.cat([winner, scale_gradient(loser, per_sample(scale, loser))])
 

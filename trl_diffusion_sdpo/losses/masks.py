@@ -10,13 +10,11 @@ from .preference import pair_mean, weighted_errors
 
 
 def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return factors with which to multiply residuals, so that the mean square of the products is the mean square of
-    the residuals within the masks.
+    """Return factors for residuals, so that the mean square of the products is that of the residuals within the masks.
 
-    A position of the latent is within a mask if the mask covers a pixel of this position or of a neighbouring one.
-    Factors within the mask are `sqrt(number of positions / number of positions within the mask)`; factors outside are
-    0. If a mask covers the whole image, all factors are exactly 1. If cropping has removed the whole mask of an image,
-    all factors of this image are 0.
+    A position of the latent is within a mask if the mask covers a pixel of it or of a neighbouring position. Factors
+    are `sqrt(number of positions / number of positions within the mask)` there and 0 elsewhere: exactly 1 for a mask
+    over the whole image, and all 0 if cropping has removed the mask.
 
     Args:
         masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
@@ -28,7 +26,7 @@ def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         `ValueError`: If the latents do not have the four dimensions of images.
 
-    Source: after https://huggingface.co/papers/2601.23222, which divides by the size of the region in which two
+    Source: after https://huggingface.co/papers/2601.23222, which divides by the size of the region where two
     segmentations differ. Here the masks are part of the data.
     """
     if latents.dim() != 4:
@@ -40,8 +38,8 @@ def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 def within(tensor: torch.Tensor, region: torch.Tensor | None) -> torch.Tensor:
-    """Multiply a tensor `(2B, ...)` by the factors of [`region_factors`]. Without masks (`region` is `None`), return
-    the tensor unchanged."""
+    """Multiply a tensor `(2B, ...)` by the factors of [`region_factors`], if there are masks (`region` is not
+    `None`)."""
     return tensor if region is None else tensor * region
 
 
@@ -55,13 +53,13 @@ def mask_anchor(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how far the policy's predictions have moved from the reference's outside of the masks.
 
-    The distance of an image is the mean of `(policy - reference)^2` over its positions outside of its mask, or 0 if its
-    mask covers the whole image. The distance of a pair is the mean of its two images' distances, times the pair's
-    timestep weight, as an error is. The term is the mean over pairs, weighted as the preference loss is, so that it
-    does not depend on how pairs are divided into micro-batches and processes.
+    An image's distance is the mean of `(policy - reference)^2` over its positions outside of its mask, or 0 if the mask
+    covers all of it. A pair's is the mean of its two, times the pair's timestep weight, as for errors. The term is the
+    mean over pairs, weighted as the preference loss is, so that it does not depend on how pairs are divided into
+    micro-batches and processes.
 
-    The term belongs neither to the winners' nor to the losers' part of the loss: no safeguard may scale it, and lambda
-    must be computed without it.
+    It belongs neither to the winners' nor to the losers' part of the loss: no safeguard may scale it, and lambda must
+    be computed without it.
 
     Args:
         policy, reference (`torch.Tensor` of shape `(2B, C, h, w)`): Predictions, winners first. The reference's are
@@ -81,7 +79,7 @@ def mask_anchor(
 
 
 def mask_metrics(region: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return `mask/share` (mean share of the positions within the masks) and `mask/empty` (share of images without
-    such positions), from the factors of [`region_factors`]."""
+    """Return `mask/share` (mean share of positions within the masks) and `mask/empty` (share of images without any),
+    from the factors of [`region_factors`]."""
     inside = region > 0
     return {"mask/share": inside.float().mean(), "mask/empty": (~inside.flatten(1).any(1)).float().mean()}

@@ -1,4 +1,4 @@
-"""Assign noise levels to noise bins (ranges of noise levels), and compute how errors change in each bin."""
+"""Noise bins (ranges of noise levels), and how errors change in each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NOISE_BINS = 8  # number of noise bins of a run
 
 
 def noise_bin_of(noise_levels: torch.Tensor, num_noise_bins: int = NOISE_BINS) -> torch.Tensor:
-    """Return the number of the noise bin of each noise level in `[0, 1]`, int64. All bins are equally wide."""
+    """Return the noise bin of each noise level in `[0, 1]`, int64. Bins are equally wide."""
     return (noise_levels * num_noise_bins).long().clamp(0, num_noise_bins - 1)
 
 
@@ -18,20 +18,20 @@ def noise_range_weights(noise_levels: torch.Tensor, low: float, high: float) -> 
 
 
 def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of how much the policy's errors differ from the reference's, in each noise bin and over all pairs.
+    """Return how much the policy's errors differ from the reference's, in each noise bin and over all pairs.
 
     Args:
         noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of its D draws
-            of noise. `noise_bins` and `errors` must be on the CPU.
-        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, then the errors of
-            winner and loser before training or under the reference.
+            of noise, on the CPU like `errors`.
+        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, then the same two before
+            training or under the reference.
 
     Returns:
-        `dict[str, float]`: Metrics of all pairs, and metrics of each bin with pairs (the names below are for bin 0).
+        `dict[str, float]`: Metrics of all pairs, and of each bin with pairs (the names below are for bin 0).
 
         - `errors/winner_change@0` and `errors/loser_change@0`: mean error of the policy minus that of the reference.
-        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the change of the error divided by the
-          reference's error, or 0 if the reference's error is 0.
+        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the same, divided by the reference's
+          error; 0 if that is 0.
         - `errors/winner_change_relative_stderr@0`: standard error of `errors/winner_change_relative@0`
           ([`share_stderr`]), if at least two pairs of the bin have a reference's error above 0.
         - `errors/winner_change_relative` and `errors/winner_change_relative_stderr`: relative change of the winners'
@@ -44,7 +44,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
     metrics = {}
     for noise_bin in noise_bins.unique().tolist():
         in_bin = noise_bins == noise_bin
-        # Sum errors over each pair's draws of noise, because draws of one pair are not independent.
+        # Sum errors over each pair's draws, which are not independent.
         pair_sums = torch.where(in_bin.unsqueeze(2), errors, 0.0).sum(1)[in_bin.any(1)]
         sums = pair_sums.sum(0).tolist()
         for name, error, before in zip(("winner_change", "loser_change"), sums[:2], sums[2:], strict=True):
@@ -67,7 +67,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
 
 def preference_learned(errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of how often, and by how much, the loser's error rose more than the winner's.
+    """Return how often, and by how much, the loser's error rose more than the winner's.
 
     Args:
         errors (`torch.Tensor` of shape `(P, D, 4)`): Errors of at least two pairs, as in [`noise_bin_changes`].
@@ -75,13 +75,13 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
     Returns:
         `dict[str, float]`: Two metrics and their standard errors (suffix `_stderr`).
 
-        - `errors/accuracy`: share of noise draws in which the loser's error rose more than the winner's. The share is
-          averaged over the draws of each pair, then over the pairs. A draw with equal rises counts half.
-        - `errors/margin_relative`: mean of the loser's rise minus the winner's rise, divided by the mean error of the
-          winners before training or under the reference.
+        - `errors/accuracy`: share of noise draws in which the loser's error rose more than the winner's, averaged over
+          each pair's draws, then over the pairs. Equal rises count half.
+        - `errors/margin_relative`: mean of the loser's rise minus the winner's, divided by the winners' mean error
+          before training or under the reference.
 
-    The standard error of the accuracy is computed with four added pairs: two with the accuracy 1 and two with the
-    accuracy 0. Without the added pairs, the standard error would be 0 if all pairs have the same accuracy.
+    The standard error of the accuracy counts four added pairs, two with the accuracy 1 and two with 0. Without them,
+    it would be 0 if all pairs have the same accuracy.
 
     Source of the added pairs: Agresti and Coull, Approximate is better than "exact" for interval estimation of
     binomial proportions, 1998.
@@ -102,11 +102,11 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
 def share_stderr(changes: torch.Tensor, before: torch.Tensor) -> float | None:
     """Return the standard error of the ratio `changes.sum() / before.sum()`, estimated from the pairs.
 
-    We use the jackknife: the standard error is computed from the ratios without the first pair, without the second
-    pair, and so on. A plain standard deviation over pairs would be too small, because pairs with large errors pull the
-    ratio towards themselves. The result is multiplied by the quantile of Student's t-distribution at one standard
-    deviation, because an estimate from few pairs, or from few pairs with large errors, is itself uncertain. For the
-    degrees of freedom, we assume that the standard deviation of a pair's change is proportional to its error.
+    This is the jackknife, from the ratios with each pair left out in turn. A plain standard deviation over pairs would
+    be too small, because pairs with large errors pull the ratio towards themselves. The result is multiplied by the
+    quantile of Student's t-distribution at one standard deviation, as an estimate from few pairs, or from few with
+    large errors, is itself uncertain. Its degrees of freedom assume that the standard deviation of a pair's change is
+    proportional to its error.
 
     Args:
         changes (`torch.Tensor` of shape `(P,)`): Change of each pair's error.

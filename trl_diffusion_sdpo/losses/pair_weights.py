@@ -1,4 +1,4 @@
-"""Compute score gaps, loss weights of pairs, and calibrated scores from the scores of images."""
+"""Score gaps, loss weights of pairs, and calibrated scores, from the scores of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS_AT_ONCE = 1024  # to bound memory, this many images are compared with all images of their prompt at once
+ROWS_AT_ONCE = 1024  # images compared at once with all images of their prompt, to bound memory
 BIN = 0.01  # width of the bins in which [`rarity_weights`] counts scores
 
 
@@ -17,9 +17,9 @@ def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
     Args:
         scores (`torch.Tensor` of shape `(P, 2, ...)`): Scores of winner and loser.
-        sorts_by_scores (`bool`): Whether the loss exchanges winner and loser if the loser has the higher score. If
-            true, the gap is the absolute difference of the two scores. If false, the gap of a pair whose loser has the
-            higher score is 0, because the label contradicts the scores.
+        sorts_by_scores (`bool`): Whether the loss exchanges winner and loser if the loser has the higher score. If so,
+            the gap is the absolute difference of the scores; otherwise such a pair, whose label contradicts its scores,
+            has gap 0.
 
     Returns:
         `torch.Tensor` of shape `(P, ...)`.
@@ -29,9 +29,9 @@ def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
 
 def gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return weights `(P,)` equal to the score gaps of pairs, from scores `(P, 2, 1)`.
+    """Return the score gaps of pairs as weights `(P,)`, from scores `(P, 2, 1)`.
 
-    After division by their mean ([`with_mean_one`]), the weights do not depend on the scale of the scores.
+    Divided by their mean ([`with_mean_one`]), they do not depend on the scale of the scores.
 
     The formula is ours.
     """
@@ -41,8 +41,8 @@ def gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 def gain_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
     """Return weights `(P,)` proportional to the gap of the gains `2^score`, from scores `(P, 2, 1)`.
 
-    After division by their mean ([`with_mean_one`]), the weights do not change if a constant is added to all scores.
-    The weights change if all scores are multiplied by a factor.
+    Divided by their mean ([`with_mean_one`]), they stay the same if a constant is added to all scores, but not if all
+    scores are multiplied by a factor.
 
     Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013), without its discounts by rank.
     """
@@ -53,7 +53,7 @@ def gain_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor
 def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
     """Return weights `1 / (1 + gap / mean gap)`, `(P,)`, from scores `(P, 2, 1)`.
 
-    The weight is 1 for a gap of 0, and 1/2 for the mean gap.
+    A gap of 0 has weight 1, the mean gap 1/2.
 
     Source: the weights of MADPO (https://huggingface.co/papers/2510.05342) are larger for small gaps; the formula here
     is ours.
@@ -65,11 +65,11 @@ def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch
 def rarity_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
     """Return weights `1 / sqrt(n_w n_l)`, `(P,)`, from scores `(P, 2, 1)`: pairs with rare scores weigh more.
 
-    `n_w` and `n_l` are how many of the `2P` scores lie in the same bin of width [`BIN`] as the score of the winner and
-    of the loser. `sorts_by_scores` has no effect, because the weight stays the same if winner and loser are exchanged.
+    `n_w` and `n_l` are how many of the `2P` scores lie in the winner's and in the loser's bin of width [`BIN`].
+    `sorts_by_scores` has no effect: exchanging winner and loser leaves the weight as it is.
 
     Source: VideoDPO (https://huggingface.co/papers/2412.14167), `(c / sqrt(p_w p_l))^a` with the shares `p` of all
-    scores in a bin, known to us from a summary. Division by the mean ([`with_mean_one`]) removes `c`. `a` is 1, as in
+    scores in a bin, known to us from a summary. Division by the mean ([`with_mean_one`]) removes `c`; `a` is 1, as in
     the published code.
     """
     bins = (scores[..., 0] / BIN).round()  # (P, 2); rounding keeps scores of two decimals off the edges of bins
@@ -80,9 +80,9 @@ def rarity_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tens
 def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
     """Return weights `1 / (1 + s)`, `(P,)`, from scores `(P, 2, K)` of K scorers that disagree by `s`.
 
-    To compute `s`, each scorer's score differences `winner - loser` are divided by their mean absolute value. `s` is
-    the standard deviation of a pair's K differences. `sorts_by_scores` has no effect: if winner and loser are
-    exchanged, all differences change sign and `s` stays the same.
+    `s` is the standard deviation of a pair's K score differences `winner - loser`, each scorer's divided by their mean
+    absolute value. `sorts_by_scores` has no effect: exchanging winner and loser changes the sign of all differences,
+    which leaves `s` as it is.
 
     Source: uncertainty-penalised DPO (https://huggingface.co/papers/2410.20187) penalises uncertain rewards; the
     formula here is ours.
@@ -94,12 +94,12 @@ def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.T
 
 @dataclass(frozen=True)
 class WeightFunction:
-    """Function that computes weights of pairs, an entry of [`WEIGHT_FUNCTIONS`].
+    """A function that computes weights of pairs, an entry of [`WEIGHT_FUNCTIONS`].
 
     Args:
-        function (`Callable`): Function that takes scores `(P, 2, K)` in float64 and returns weights `(P,)`.
-        several_scorers (`bool`): Whether the function compares several scorers. If `False`, K is 1.
-        reads_gaps (`bool`): Whether the function reads the gap, which is 0 if the label contradicts the scores.
+        function (`Callable`): Takes scores `(P, 2, K)` in float64 and returns weights `(P,)`.
+        several_scorers (`bool`): Whether it compares several scorers. If `False`, K is 1.
+        reads_gaps (`bool`): Whether it reads the gap, which is 0 if the label contradicts the scores.
     """
 
     function: Callable[..., torch.Tensor]
@@ -122,20 +122,20 @@ def with_mean_one(weights: torch.Tensor) -> torch.Tensor:
 
 
 def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
-    """Return each image's expected share of wins against the other images of its prompt (its calibrated score).
+    """Return each image's calibrated score: its expected share of wins against the other images of its prompt.
 
-    The calibrated score of image `i` is the mean of `sigma(r_i - r_j)` over all other images `j` of the prompt. If a
-    prompt has a single image, the calibrated score of this image is 1/2.
+    For image `i`, this is the mean of `sigma(r_i - r_j)` over all other images `j` of the prompt, or 1/2 if there are
+    none.
 
     Args:
-        rewards (`torch.Tensor` of shape `(..., N)`): Scores of the N different images of a prompt. The dimensions
-            before the last one index prompts.
+        rewards (`torch.Tensor` of shape `(..., N)`): Scores of a prompt's N different images. The dimensions before the
+            last index prompts.
 
     Returns:
         `torch.Tensor` of the same shape: Shares in `[0, 1]`.
 
-    Source: CaPO (https://huggingface.co/papers/2502.02588). The paper does not say whether an image is also compared
-    with itself. In this function, an image is not compared with itself.
+    Source: CaPO (https://huggingface.co/papers/2502.02588), which does not say whether an image is also compared with
+    itself. Here it is not.
     """
     images = rewards.shape[-1]
     if images < 2:
@@ -146,5 +146,5 @@ def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Return the mean of values `(P,)`. The sum is rounded only once, so the mean is equal on every machine."""
+    """Return the mean of values `(P,)`. The sum is rounded only once, so it is equal on every machine."""
     return values.new_tensor(math.fsum(values.tolist()) / len(values))

@@ -78,8 +78,7 @@ class PairTerms:
 
         It is the policy's log-odds of preferring the winner.
 
-        Source: https://huggingface.co/papers/2311.12908, equation 14. The constant factor of that equation is
-        `beta / 2` here.
+        Source: https://huggingface.co/papers/2311.12908, equation 14, whose constant factor is `beta / 2` here.
         """
         logit = -0.5 * beta * (self.winner_change - self.loser_change)
         return logit if self.margin_clamp is None else logit.clamp(max=self.margin_clamp)
@@ -143,8 +142,8 @@ def pair_terms(
 
 
 def weighted_errors(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs'
-    timestep weights `(B,)`."""
+    """Split errors `(2B,)` into winners' and losers', each `(B,)`, and multiply both by the pairs' timestep weights
+    `(B,)`."""
     winner, loser = errors.chunk(2)
     return (winner, loser) if weights is None else (winner * weights.to(winner), loser * weights.to(loser))
 
@@ -186,7 +185,7 @@ def hinge_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the IPO loss of each pair, `(u / beta - 1 / (2 beta))^2` of its logit `u`, `(B,)`.
 
-    The loss is smallest at `u = 1/2`.
+    It is smallest at `u = 1/2`.
 
     Source: https://huggingface.co/papers/2310.12036, equation 17.
     """
@@ -262,9 +261,8 @@ def mapo_loss(
 ) -> torch.Tensor:
     """Return the MaPO loss of each pair, `err_w - beta logsigmoid(T (f(err_w) - f(err_l)))`, `(B,)`.
 
-    The function is `f(x) = s x / expm1(s x)` with `s = mapo_scale`, and the temperature is `T = mapo_temperature`. `f`
-    falls from 1 at `x = 0`, so `f(err_w) - f(err_l)` is positive if the loser's error exceeds the winner's. The loss
-    needs no reference.
+    `f(x) = s x / expm1(s x)` with `s = mapo_scale`, and `T = mapo_temperature`. `f` falls from 1 at `x = 0`, so
+    `f(err_w) - f(err_l)` is positive if the loser's error exceeds the winner's. Needs no reference.
 
     Source: https://huggingface.co/papers/2406.06424 and its code.
     """
@@ -275,7 +273,7 @@ def mapo_loss(
 def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> torch.Tensor:
     """Return the SimPO loss of each pair, `-logsigmoid(-(beta / 2)(err_w - err_l) - simpo_gamma)`, `(B,)`.
 
-    The loss needs no reference.
+    Needs no reference.
 
     Source: https://huggingface.co/papers/2405.14734, equation 6, with errors in place of log-likelihoods.
     """
@@ -309,12 +307,12 @@ def smpo_loss(
 ) -> torch.Tensor:
     """Return the loss of smoothed preference optimization (SmPO), `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
-    `u` is the logit and `c` is `smpo_coefficient`. `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
+    `u` is the logit, `c` is `smpo_coefficient`, and `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
     probability that the winner is preferred. Exchange winner and loser first if the loser has the higher score, so that
     `p` is at least 0.5.
 
-    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. The module `families.inversion`
-    implements the noise inversion of the same paper.
+    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. Its noise inversion is in
+    `families.inversion`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -329,8 +327,8 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. Exchange
     winner and loser first if the loser has the higher score, so that the target is in `[0, 1]`.
 
-    Source: https://huggingface.co/papers/2502.02588. From this paper, we used only the abstract and the formula above.
-    The paper multiplies the margin by a factor. In this function, the factor is `beta / 2`.
+    Source: https://huggingface.co/papers/2502.02588, of which we used only the abstract and the formula above. The
+    paper multiplies the margin by a factor, here `beta / 2`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -370,7 +368,7 @@ def _dmpo_target(alpha: float) -> float:
 
 
 def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `s x / expm1(s x)` for the error `x`. At `x = 0`, the value is exactly 1 and the gradient is -s/2."""
+    """Return `s x / expm1(s x)` for the error `x`; at `x = 0`, exactly 1 with gradient -s/2."""
     x = scale * error
     small = x < 1e-4
     series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding for small `x`
@@ -410,7 +408,7 @@ class LossSpec:
             the gradient is the gradient of the winner's error times a number of at least 0, else `"error"`.
         reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. A pair whose
             logit is cut at `margin_clamp` then has no gradient.
-        margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
+        margin_clamp (`float`, *optional*): Largest value of the logit. Larger ones are cut to it.
 
     Example:
 
@@ -447,7 +445,7 @@ class LossSpec:
     def past_target(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
         """Return whether each pair's logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
 
-        Return `None` if the loss has no `target_logit`.
+        `None` if the loss has no `target_logit`.
         """
         if self.target_logit is None:
             return None
@@ -625,11 +623,11 @@ def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_k
 def _sum_spec(weights: dict[str, float]) -> LossSpec:
     """Return the [`LossSpec`] of a weighted sum of losses.
 
-    Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
-    the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
-    are equal if those of `a_i` and `b_i` are equal for every loss. They are not equal if a loss does not read the
-    loser, or if DSPO is one of several losses: for DSPO, the safeguard's authors assume equality only without other
-    losses. `a` is positive if every `a_i` is positive. `anchor` is `"branch"` if every loss has this anchor.
+    Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` its weight.
+    The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. Their absolute values are equal if those of
+    every loss are, so not if a loss does not read the loser, nor if DSPO is one of several: the safeguard's authors
+    assume equality only for DSPO alone. `a` is positive if every `a_i` is. `anchor` is `"branch"` if every loss has
+    it.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """

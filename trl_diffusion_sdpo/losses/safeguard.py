@@ -20,12 +20,12 @@ class SafeguardSettings:
     """Constants of the safeguard in training.
 
     Args:
-        granularity (`str`): Pairs that share one lambda under the safeguard in output space.
-        eps (`float`): What the safeguard in output space adds to the divisor of lambda.
-        anchor (`str`, *optional*): What the safeguard in parameter space keeps from rising. `None` for the loss's own,
-            see [`~trl_diffusion_sdpo.losses.LossSpec`].
-        low_memory (`bool`): Whether the safeguard in parameter space holds the activations of winners and losers one
-            after the other.
+        granularity (`str`): Which pairs share a lambda, in output space.
+        eps (`float`): Added to lambda's divisor, in output space.
+        anchor (`str`, *optional*): What must not rise, in parameter space. `None` for the loss's own, see
+            [`~trl_diffusion_sdpo.losses.LossSpec`].
+        low_memory (`bool`): Whether to hold the activations of winners and losers one after the other, in parameter
+            space.
 
     Raises:
         `ValueError`: If a value is not allowed.
@@ -55,19 +55,18 @@ def loser_scale(
 
     Let `a` be the gradient of the winner's error, `W` the winner's part of the loss gradient, and `-L` the loser's
     part. A step along `-(W - lambda L)` changes the winner's error by `-(<a, W> - lambda <a, L>)`. The error falls by
-    at least `mu <a, W>` if lambda is at most `(1 - mu) <a, W> / <a, L>`. If `<a, L>` is 0 or negative, the loser's part
+    at least `mu <a, W>` if lambda is at most `(1 - mu) <a, W> / <a, L>`. If `<a, L>` is not positive, the loser's part
     does not raise the winner's error, and lambda is 1.
 
     Args:
-        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>` of the gradients `a` and `W` above.
-        dot (`torch.Tensor` of the same shape): Inner product `<a, L>` of the gradients `a` and `L` above.
+        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>`.
+        dot (`torch.Tensor` of the same shape): Inner product `<a, L>`.
         mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 whenever the loser's part raises the winner's error.
         eps (`float`, *optional*, defaults to 0): Added to `dot`, as in the authors' code. It makes lambda smaller,
             noticeably so if `dot` is as small. Set it only to reproduce the authors' numbers.
 
     Returns:
-        `torch.Tensor`: Lambda in `[0, 1]`, detached. Lambda is 0 if both parts of the gradient raise the winner's
-        error.
+        `torch.Tensor`: Lambda in `[0, 1]`, detached; 0 if both parts of the gradient raise the winner's error.
 
     Example:
 
@@ -93,9 +92,9 @@ def parameter_scale(
             trained weights, the whole batch and all processes. The first gradient, `W`, is the winners' part of the
             loss gradient. The second, `L`, is the negative of the losers' part, so the loss gradient is `W - L`. The
             third, `a`, is the gradient of the mean winner error.
-        mu (`float`): Strictness in `[0, 1]`. A larger value makes lambda smaller.
-        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` computes lambda with `a = W`. `"error"` protects
-            the mean winner error itself and needs the third gradient.
+        mu (`float`): Strictness in `[0, 1]`; larger makes lambda smaller.
+        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` takes `a = W`. `"error"` protects the mean winner
+            error itself and needs the third gradient.
 
     Returns:
         Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
@@ -181,7 +180,7 @@ def output_scale(
 
     Args:
         winner_residual, loser_residual, branch_gradients: See [`output_products`].
-        mu (`float`): Strictness in `[0, 1]`. A larger value makes lambda smaller.
+        mu (`float`): Strictness in `[0, 1]`; larger makes lambda smaller.
         granularity (`str`): `"batch"` computes one lambda from sums over all pairs, `"pair"` one for each pair,
             `"noise_bin"` one for each noise bin from sums over its pairs. `"weighted"` is like `"batch"`, but needs
             `branch_gradients` for every loss.
@@ -189,8 +188,7 @@ def output_scale(
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients besides lambda, in
             `[0, 1]`, also in `branch_gradients`. Pairs with 0 do not count in lambda.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses, also in
-            `branch_gradients`. Pairs with 0 do not count in lambda. Without `branch_gradients`, weights above 0 have no
-            effect.
+            `branch_gradients`. Pairs with 0 do not count in lambda. Other weights matter only with `branch_gradients`.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
             `[0, num_noise_bins)`.
         num_noise_bins (`int`): Number of noise bins.

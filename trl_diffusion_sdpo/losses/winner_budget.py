@@ -69,11 +69,11 @@ class BudgetController:
         """
         self.initial_errors = torch.where(self.initial_errors.isnan().all(), errors, self.initial_errors)
         visited = self.initial_errors > 0  # not NaN
-        # An error that is NaN or infinite exceeds every budget.
+        # NaN and infinite errors exceed every budget.
         change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
-        unmet = (change > self.budget) & (self.scale == 0)  # these bins exceed the budget without any losers
+        unmet = (change > self.budget) & (self.scale == 0)  # they exceed the budget without any losers
         move = (GAIN * (1 - change / self.budget)).clamp(-MAX_MOVE, MAX_MOVE)
-        largest = torch.where(unmet, move, torch.inf).min()  # infinite if `unmet` is false for every bin
+        largest = torch.where(unmet, move, torch.inf).min()  # infinite if no bin is unmet
         self.log_scale = (self.log_scale + torch.minimum(move, largest)).clamp(min=math.log(MIN_SCALE / 2), max=0.0)
         count = visited.sum()
         return {

@@ -1,4 +1,4 @@
-"""A toy world for demos and tests: images of coloured shapes with captions, an oracle that scores images by their
+"""A toy world for demos and tests: images of coloured shapes with captions, an oracle that scores them by their
 pixels, preference pairs, and a tiny pipeline to tune."""
 
 from ...utils.import_utils import hide_idle_notes

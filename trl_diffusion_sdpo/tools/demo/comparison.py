@@ -1,5 +1,5 @@
 """Run the demo: tune one tiny model with SFT, Diffusion-DPO, Diffusion-SDPO as published and a stricter
-Diffusion-SDPO ("recipe") on the same pairs, score the images of the tuned models, and write a report."""
+Diffusion-SDPO ("recipe") on the same pairs, score the tuned models' images, and write a report."""
 
 import time
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from .scoring import CURVE_SCALE, GUIDANCE_SCALES, Guided, ImageScorer, OracleCa
 from .world import IMAGE_SIZE
 
 STEPS = 240
-LOGS = 30  # number of logs of lambda per training, for the plot
-THREADS = 4  # largest number of CPU threads, because the tiny network is not faster with more
-_SCORE_SEED = 20_000  # added to the seed, so that the latents of scored images differ from those in training
+LOGS = 30  # logs of lambda per training, for the plot
+THREADS = 4  # most CPU threads; the tiny network is not faster with more
+_SCORE_SEED = 20_000  # added to the seed, so that scored images have other latents than training
 
 SHARED = {
     "per_device_train_batch_size": 32,
@@ -57,10 +57,10 @@ def run_demo(
             `runs/<method>`.
         seed (`int`): Seed of the pairs, of the noise in training and of the generated images.
         max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
-        samples_per_prompt (`int`): Number of images for each of the 72 prompts. The oracle scores these images.
+        samples_per_prompt (`int`): Number of images for each of the 72 prompts, for the oracle to score.
         evaluations (`int`): Number of evaluations during the training of each method.
         guidance_scales (`Sequence[float]`): Scales of classifier-free guidance to try for each model, besides scale 1
-            (no guidance). The scale with the best score is chosen.
+            (no guidance). The one with the best score is chosen.
 
     Returns:
         `DemoResult`: The numbers, which are also in `results.json`.
@@ -130,7 +130,7 @@ class Comparison:
             bar.update()
 
     def train(self, method: Method, number: str) -> Curves:
-        """Train with one method, save the tuned pipeline, and return the method's curves."""
+        """Train with one method, save the tuned pipeline, and return its curves."""
         pipeline = load_base_pipeline()
         oracle = OracleCallback(pipeline, self.scorer, self.base_score)
         trainer = DiffusionSDPOTrainer(
@@ -145,8 +145,8 @@ class Comparison:
         return Curves.of(trainer.state.log_history)
 
     def generate(self) -> dict[str, Guided]:
-        """Generate images with every model under classifier-free guidance, and with the recipe's model also under
-        preference guidance."""
+        """Generate images with every model under classifier-free guidance, with the recipe's also under preference
+        guidance."""
         generate = partial(generate_guided, self.scorer, self.settings["guidance_scales"])
         base = load_base_pipeline()
         guided = {BASE.key: generate(base)}
@@ -174,7 +174,7 @@ class Comparison:
             eval_on_start=True,
             save_strategy="no",
             save_full_pipeline=True,
-            save_only_model=True,  # an interrupted demo cannot be resumed, and the message after Ctrl-C says so
+            save_only_model=True,  # an interrupted demo cannot be resumed, as the message after Ctrl-C says
             logging_steps=max(1, steps // LOGS),
             report_to="none",
             disable_tqdm=True,  # `BarCallback` shows the progress

@@ -1,7 +1,7 @@
 """Score an image of the toy world against its caption, from the pixels alone. Scores are in [0, 1].
 
-The background colour is the median colour of the image's border. The object is the set of pixels that differ from the
-background. The score is the mean of four parts: colour, shape, position and sharpness of the object.
+The background colour is the median colour of the image's border, and the object is the pixels that differ from it. The
+score is the mean of four parts: colour, shape, position and sharpness of the object.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from PIL import Image
 from ..rewards import FunctionScorer
 from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPE_AREA, SHAPES, inside, parse_caption
 
-COLOUR_REACH = 0.6  # colours at this RGB distance from the captioned colour score 0
+COLOUR_REACH = 0.6  # colours this RGB distance from the captioned one score 0
 CENTRE_REACH = 8.0  # objects this many pixels off centre score 0 for their position
-CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # an edge 1 pixel wide scores 1, an edge 4 pixels wide scores 0
+CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # an edge 1 pixel wide scores 1, one 4 pixels wide 0
 MIN_CONTRAST = 0.15  # smallest RGB distance between an object and the background
 AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # smallest and largest area of an object in pixels
 
 Images = np.ndarray | Sequence[np.ndarray] | Sequence[Image.Image]
 
-# Perimeter of each shape if its area is 1.
+# Perimeter of each shape of area 1.
 PERIMETERS = {"circle": 2 * np.pi**0.5, "square": 4.0, "triangle": 6 * 3**-0.25, "cross": 12 * 5**-0.5}
 
 
@@ -54,7 +54,7 @@ def oracle_score(images: Images, prompts: Sequence[str]) -> np.ndarray:
     return oracle_parts(images, prompts).score
 
 
-# The oracle as a scorer for evaluations. Its scores are float32.
+# The oracle as a scorer for evaluations, with float32 scores.
 oracle = FunctionScorer("oracle", oracle_score)
 
 
@@ -62,10 +62,9 @@ def oracle_parts(images: Images, prompts: Sequence[str]) -> OracleParts:
     """Return the four parts of [`oracle_score`], with the same arguments and errors.
 
     Returns:
-        `OracleParts`: `colour` is the lower of two scores: of the object's colour and of the background's colour.
-        `shape` is the object's intersection over union with the captioned shape of the same area and centre, or 0 if
-        another shape overlaps more. `centred` scores the object's position, and `sharp` the width of its edge. All
-        parts are 0 if the image has no object.
+        `OracleParts`: `colour` is the lower of the scores of object and background colour. `shape` is the object's
+        intersection over union with the captioned shape of the same area and centre, or 0 if another shape overlaps
+        more. `centred` scores the object's position, and `sharp` the width of its edge. All are 0 without an object.
     """
     pixels = _as_float(images)
     wanted = [parse_caption(prompt) for prompt in prompts]
@@ -109,8 +108,8 @@ def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
     background = np.median(rim, axis=1)
     distance = np.linalg.norm(pixels - background[:, None, None], axis=-1)  # (N, 32, 32)
-    # An object covers about 15% of the image, so the pixel at the 95th percentile of the distance is inside the object.
-    # Single outlier pixels do not change this percentile.
+    # An object covers about 15% of the image, so the pixel at the 95th percentile of the distance is inside it. Single
+    # outliers do not move this percentile.
     core = distance >= 0.8 * np.quantile(distance, 0.95, axis=(1, 2), keepdims=True)
     colour = (pixels * core[..., None]).sum(axis=(1, 2)) / core.sum(axis=(1, 2))[:, None]
     contrast = np.maximum(np.linalg.norm(colour - background, axis=-1), MIN_CONTRAST)
@@ -138,5 +137,5 @@ def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndar
 
 
 def _fade(value: np.ndarray, full: float, zero: float) -> np.ndarray:
-    """Return 1 for values up to `full`, 0 for values of at least `zero`, and interpolate linearly between the two."""
+    """Return 1 for values up to `full`, 0 from `zero` on, and interpolate linearly in between."""
     return np.clip((zero - value) / (zero - full), 0, 1)

@@ -1,5 +1,4 @@
-"""Make preference pairs of the toy world. The images of a pair are two drawings of a prompt, and the oracle decides
-which drawing is chosen."""
+"""Make preference pairs of the toy world: two drawings of a prompt, of which the oracle chooses one."""
 
 import io
 import json
@@ -18,17 +17,16 @@ FEATURES = Features(
     {"prompt": Value("string"), "chosen": Image(), "rejected": Image()}
     | {name: Value("float32") for name in ("chosen_score", "rejected_score")}
 )
-_TRAIN_KEY, _EVAL_KEY = 1, 2  # part of the seeds, so that the two sets of pairs differ
+_TRAIN_KEY, _EVAL_KEY = 1, 2  # part of the seeds: the two sets of pairs must differ
 
 
 def off_policy_pairs(seed: int = 0, per_prompt: int = 14, margin: float = 0.05) -> Dataset:
-    """Return training pairs. The images of a pair are two flawed drawings of one prompt. The drawing with the higher
-    oracle score is the chosen image.
+    """Return training pairs of two flawed drawings of one prompt. The higher oracle score is chosen.
 
     Args:
         seed (`int`): Seed of the drawings' random flaws.
-        per_prompt (`int`): Number of pairs that are rendered for each of the 72 prompts, before near ties are dropped.
-        margin (`float`): Pairs are dropped if the oracle's scores of the two images differ by at most this much.
+        per_prompt (`int`): Number of pairs to render for each of the 72 prompts, before near ties are dropped.
+        margin (`float`): Drop pairs whose oracle scores differ by at most this much.
 
     Returns:
         `datasets.Dataset`: Columns `prompt`, `chosen` and `rejected` (PNG images), `chosen_score` and `rejected_score`.
@@ -37,7 +35,7 @@ def off_policy_pairs(seed: int = 0, per_prompt: int = 14, margin: float = 0.05) 
 
 
 def eval_pairs(seed: int = 0, per_prompt: int = 2, margin: float = 0.05) -> Dataset:
-    """Return held-out pairs, made like the pairs of [`off_policy_pairs`] but with other random numbers."""
+    """Return held-out pairs, made like those of [`off_policy_pairs`] but with other random numbers."""
     return _rendered_pairs(np.random.default_rng([_EVAL_KEY, seed]), per_prompt, margin)
 
 
@@ -73,8 +71,8 @@ def _rendered_pairs(generator: np.random.Generator, per_prompt: int, margin: flo
 
 
 def _rank(shown: list[Caption], images: np.ndarray, margin: float) -> Dataset:
-    """Return at most N pairs from 2N images. Two consecutive images are a pair, and the one with the higher score is
-    chosen. Near ties are dropped."""
+    """Return at most N pairs from 2N images, two consecutive ones each, the one with the higher score as chosen. Near
+    ties are dropped."""
     scores = oracle_score(images, [caption.text for caption in shown for _ in range(2)]).reshape(-1, 2)
     images = images.reshape(-1, 2, *images.shape[1:])  # (2N, H, W, 3) -> (N, 2, H, W, 3)
     rows = []

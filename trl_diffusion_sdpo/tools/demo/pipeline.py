@@ -1,4 +1,4 @@
-"""Load the tiny `StableDiffusionPipeline` that is part of this package, and generate images with it."""
+"""Load the tiny `StableDiffusionPipeline` of this package, and generate images with it."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def base_pipeline_folder() -> Path:
-    """Return the folder of the packaged base model, which the script `benchmarks/build_demo_base.py` wrote."""
+    """Return the folder of the packaged base model, which `benchmarks/build_demo_base.py` wrote."""
     return Path(__file__).parent / "base"
 
 
@@ -46,13 +46,13 @@ def generate_images(
     """Generate one image per prompt from initial latents, with deterministic DDIM sampling.
 
     Args:
-        pipeline (`StableDiffusionPipeline`): The pipeline. Neither the pipeline nor its scheduler is modified.
+        pipeline (`StableDiffusionPipeline`): The pipeline. Neither it nor its scheduler is modified.
         prompts (`Sequence[str]` of length N): The prompts.
         latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Initial latents, drawn from a standard normal distribution.
         steps (`int`): Number of denoising steps.
-        guidance_scale (`float`): Scale of classifier-free guidance; 1 turns guidance off.
-        context (`Callable`): Function that takes the pipeline and returns a context in which to generate images, such
-            as `preference_guidance`.
+        guidance_scale (`float`): Scale of classifier-free guidance; 1 turns it off.
+        context (`Callable`): Takes the pipeline and returns a context in which to generate images, such as
+            `preference_guidance`.
 
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
@@ -80,16 +80,16 @@ def score_prompts(n_per_prompt: int = 3) -> list[str]:
 
 
 def reported_captions() -> list[bool]:
-    """Return, for each of the 72 captions, whether the demo reports scores of this caption's images.
+    """Return, for each of the 72 captions, whether the demo reports scores of its images.
 
-    The images of the other captions are used to choose each model's scale of classifier-free guidance. For each colour,
-    half of the captions are reported, and these contain every shape and every background.
+    The others choose each model's scale of classifier-free guidance. Half of each colour's captions are reported, with
+    every shape and every background among them.
     """
     return [sum(divmod(index, len(SHAPES) * len(BACKGROUNDS))) % 2 == 0 for index in range(len(captions()))]
 
 
 def score_latents(n_per_prompt: int = 3, seed: int = 0) -> torch.Tensor:
-    """Return initial latents for the prompts of [`score_prompts`], `(72 * n_per_prompt, 4, 8, 8)` in float32. All
-    models that are compared start from the same latents."""
+    """Return initial latents for the prompts of [`score_prompts`], `(72 * n_per_prompt, 4, 8, 8)` in float32, the same
+    for all models that are compared."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(captions()) * n_per_prompt, *LATENT_SHAPE, generator=generator)

@@ -1,4 +1,4 @@
-"""Hold the results of the demo. `results.json` has all of them but the images."""
+"""The results of the demo. `results.json` has all of them but the images."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from .methods import COMPARED
 
 @dataclass(frozen=True)
 class Score:
-    """The oracle's mean score of a set of images."""
+    """Oracle's mean score of a set of images."""
 
     mean: float  # in [0, 1]
     stderr: float  # standard error of the mean over prompts
@@ -57,13 +57,13 @@ class Curves:
     winner_stderr: list[float]  # standard errors of `winner_change` over the pairs
     loser_change: list[float]  # per cent
     score: list[Score]  # all at the same guidance scale
-    worst_bin: float  # largest of the last changes of the winners' error in the noise bins, per cent
+    worst_bin: float  # largest of the noise bins' last changes of the winners' error, per cent
     scale_steps: list[int]  # optimizer steps at which lambda was logged
     scale: list[float]  # mean of the safeguard's lambda since the previous log; empty without losers
 
     @classmethod
     def of(cls, history: list[dict[str, Any]]) -> "Curves":
-        """Return the curves of a method from the trainer's log history. The first evaluation is of the base model."""
+        """Return a method's curves from the trainer's log history, whose first evaluation is of the base model."""
         evaluated = {entry["step"]: entry for entry in history if "eval_errors/winner" in entry}
         scored = {entry["step"]: entry for entry in history if "oracle" in entry}
         logged = {entry["step"]: entry["safeguard/scale"] for entry in history if "safeguard/scale" in entry}
@@ -83,13 +83,13 @@ class Curves:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The results of one model."""
+    """Results of one model."""
 
     key: str
     label: str
     best: Score  # at the model's best guidance scale
     plain: Score  # without classifier-free guidance
-    chosen_from: dict[str, float]  # guidance scale -> mean score on the other 36 prompts, which chose the best scale
+    chosen_from: dict[str, float]  # guidance scale -> mean score on the other 36 prompts, which chose the best
     settings: dict[str, Any]  # of the training, or of the guidance
     prompt_scores: list[float]  # mean scores of the 36 prompts, at the best scale
     curves: Curves | None = None  # `None` for models that were not trained

@@ -1,4 +1,4 @@
-"""Score a model: generate images of fixed prompts from fixed latents, and let the oracle score them."""
+"""Score a model: generate images of fixed prompts from fixed latents, for the oracle to score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from .pipeline import generate_images, reported_captions, score_latents, score_p
 from .results import Score
 
 GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # scales of classifier-free guidance to try
-CHOOSING_SAMPLES = 2  # images per prompt and scale for choosing the best scale
+CHOOSING_SAMPLES = 2  # images per prompt and scale for choosing the best
 CURVE_SCALE = 3.0  # guidance scale of the scores during training, the same for all methods
 
 
 class ImageScorer:
-    """Generates `samples_per_prompt` images for each of the 72 prompts, and scores the images with the oracle."""
+    """Generates `samples_per_prompt` images for each of the 72 prompts, and scores them with the oracle."""
 
     def __init__(self, samples_per_prompt: int, seed: int):
         self.samples_per_prompt = samples_per_prompt
@@ -75,7 +75,7 @@ class Guided:
 def generate_guided(
     scorer: ImageScorer, guidance_scales: Sequence[float], pipeline: StableDiffusionPipeline, **options: Any
 ) -> Guided:
-    """Find a model's best scale of classifier-free guidance on half of the prompts. Then generate and score images of
+    """Find a model's best scale of classifier-free guidance on half of the prompts, and generate and score images of
     the other half, without guidance and at this scale.
 
     Args:
@@ -100,8 +100,8 @@ def generate_guided(
 
 
 class OracleCallback(TrainerCallback):
-    """Adds the score of the reported images at guidance scale 3 to the log history at every evaluation. Also requests
-    an evaluation after the last step. `base` is the score to log before the first step: that of the base model."""
+    """Logs the score of the reported images at guidance scale 3 at every evaluation, and requests one after the last
+    step. `base` is the base model's score, logged before the first step."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
         self.pipeline = pipeline

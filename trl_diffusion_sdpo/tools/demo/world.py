@@ -1,6 +1,6 @@
-"""Define a toy world: 72 captions of coloured shapes, perfect drawings of the captions, and drawings with random flaws.
+"""A toy world: 72 captions of coloured shapes, perfect drawings of them, and drawings with random flaws.
 
-Drawings are rendered with numpy, so that the same random seed gives the same images on every machine.
+Drawings are rendered with numpy, so that a random seed gives the same images on every machine.
 """
 
 import itertools
@@ -25,8 +25,8 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 
 IMAGE_SIZE = 32
-SHAPE_AREA = 150.0  # area in pixels, the same for every shape
-MAX_OFFSET = 6.0  # in pixels; with a larger offset, a triangle would leave the image
+SHAPE_AREA = 150.0  # in pixels, for every shape
+MAX_OFFSET = 6.0  # in pixels; farther off, a triangle would leave the image
 
 OFFSET_SD = 3.0
 BLUR_CHANCE = 0.6
@@ -39,7 +39,7 @@ _SUPERSAMPLE = 8
 
 @dataclass(frozen=True)
 class Caption:
-    """The content of a drawing. The property `text` is the prompt for this drawing."""
+    """Content of a drawing, whose prompt is the property `text`."""
 
     colour: str
     shape: str
@@ -51,13 +51,13 @@ class Caption:
 
 
 def captions() -> list[Caption]:
-    """Return all 72 captions, ordered by colour, then by shape, then by background."""
+    """Return all 72 captions, ordered by colour, shape and background."""
     return [Caption(*words) for words in itertools.product(COLOURS, SHAPES, BACKGROUNDS)]
 
 
 def parse_caption(text: str) -> Caption:
-    """Return the caption of a prompt such as `"a red circle on white"`. Raise `ValueError` if the
-    text is not a prompt of the toy world."""
+    """Return the caption of a prompt such as `"a red circle on white"`. Raise `ValueError` for other texts than prompts
+    of the toy world."""
     words = text.split()
     if len(words) == 5:
         caption = Caption(words[1], words[2], words[4])
@@ -71,7 +71,7 @@ def parse_caption(text: str) -> Caption:
 
 
 def render(caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: float = 0.0) -> np.ndarray:
-    """Return a drawing of a caption. By default, the drawing is perfect: the shape is centred and sharp.
+    """Return a drawing of a caption, by default a perfect one: centred and sharp.
 
     Args:
         caption (`Caption`): The caption.
@@ -90,11 +90,10 @@ def render(caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: 
 
 
 def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.ndarray:
-    """Return a drawing of a caption with random flaws. The base model was trained on drawings from this
-    function.
+    """Return a drawing of a caption with random flaws. The base model was trained on such drawings.
 
-    On each axis, the shape is off centre by a normal random number with a standard deviation of 3 pixels, clipped at 6
-    pixels. 60% of the drawings are blurred, 10% have a wrong colour and 10% a wrong shape, independently of each other.
+    On each axis, the shape is off centre by a normal random number with standard deviation 3 pixels, clipped at 6. 60%
+    of the drawings are blurred, 10% have a wrong colour and 10% a wrong shape, independently.
 
     Every call takes the same number of random numbers from the generator.
     """
@@ -112,8 +111,8 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return whether each point is inside a shape of area 1 whose centroid is the origin. The x axis points to the
-    right and the y axis down. The result is a bool array with the shape of `x` and `y`."""
+    """Return whether each point is inside a shape of area 1 with its centroid at the origin, x pointing right and y
+    down, as a bool array of the shape of `x` and `y`."""
     return SHAPES[shape](x, y)
 
 
@@ -163,6 +162,6 @@ def _gaussian_blur(plane: np.ndarray, sd: float) -> np.ndarray:
 
 
 def _other(name: str, names: dict, uniform: float) -> str:
-    """Return a random one of `names` that is not `name`, chosen by the random number `uniform` in `[0, 1)`."""
+    """Return one of `names` other than `name`, chosen by the random number `uniform` in `[0, 1)`."""
     others = [candidate for candidate in names if candidate != name]
     return others[int(uniform * len(others))]

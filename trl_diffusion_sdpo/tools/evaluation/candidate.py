@@ -28,11 +28,11 @@ class Candidate:
         scale (`float`, *optional*): How far to go from the base model (0) to the tuned model (1) and beyond. The base
             is this candidate without its LoRA, or if it has none the first model of the evaluation.
         form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): Whether `scale` multiplies the
-            difference between the predictions of the tuned and the base model ([`preference_guidance`]), or the
-            difference between their weights.
+            difference between the predictions of tuned and base model ([`preference_guidance`]), or between their
+            weights.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance
             acts, from 0 (clean image) to 1 (pure noise).
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. They override those of
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model, over those of
             [`ImageSettings`].
 
     Raises:

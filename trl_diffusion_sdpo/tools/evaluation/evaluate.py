@@ -40,7 +40,7 @@ from .results import Comparison, Evaluation
 from .scales import recommend_in_cards, sweeps_of
 
 RESULTS_FILE = "results.json"
-_SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
+_SCORED_AT_ONCE = 64  # images that a process scores before it saves their scores
 
 
 def evaluate_models(
@@ -53,12 +53,12 @@ def evaluate_models(
     """Generate images with all models, score them, and compare each model with the first.
 
     Images and scores are saved in `output_dir`: call it again with the same arguments to continue after an
-    interruption. Several processes of accelerate share the work.
+    interruption. Processes that accelerate launches share the work.
 
     Args:
-        candidates (`Sequence[Candidate]`): The models. The first is the base model.
-        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads prompts
-            from a file.
+        candidates (`Sequence[Candidate]`): The models, the base model first.
+        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
+            file.
         scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. One on the CPU moves to the device of
             `settings` while it scores. Without scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
@@ -170,7 +170,7 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
 
 
 def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
-    """Return the mean saturation, the mean diversity and the number of black images of one model."""
+    """Return mean saturation, mean diversity and number of black images of one model."""
 
     def measure() -> list[tuple[float, float, int]]:
         measured = []
@@ -207,8 +207,8 @@ def _mean(values: Sequence[float]) -> float:
 def _scores(
     scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
-    """Return a model's scores, `(prompts, seeds)`, with NaN for images without a score. Scores that are already saved
-    in the folder are not computed again."""
+    """Return a model's scores, `(prompts, seeds)`, with NaN for images without one. Scores saved in the folder are not
+    computed again."""
     models = [name]
     if isinstance(scorer, VLMServerJudge):
         if name == base:
@@ -226,13 +226,13 @@ def score_rows(
     prompts: PromptList,
     peers: Peers,
 ) -> np.ndarray:
-    """Return the scores of images, or a judge's verdicts on pairs of images. Results that the same scorer has already
-    saved in the folder are not computed again. Call it in all processes.
+    """Return the scores of images, or a judge's verdicts on pairs of images. What the same scorer has saved in the
+    folder is not computed again. Call it in all processes.
 
     Args:
-        models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
-        rows (`Sequence[tuple[int, tuple[int, ...]]]`): Each row has the index of a prompt and the seed of each
-            model's image.
+        models (`Sequence[str]`): Names of the models whose images are scored: one for a scorer, two for a judge.
+        rows (`Sequence[tuple[int, tuple[int, ...]]]`): Index of a prompt and the seed of each model's image, for each
+            row.
 
     Returns:
         `np.ndarray`: One score or verdict per row; NaN for rows without one.
@@ -241,8 +241,8 @@ def score_rows(
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
 
     def score(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[float | None]:
-        """Return a scorer's scores of the model's images, or a judge's verdicts on pairs of images of the two models.
-        Rows with a black image get `None`."""
+        """Return a scorer's scores of the model's images, or a judge's verdicts on images of the two models, `None` for
+        rows with a black image."""
         images = [
             [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
             for index, seeds in rows

@@ -1,5 +1,4 @@
-"""Generate the images of an evaluation: one image for each model, prompt and seed. All models start from the same
-noise."""
+"""Generate the images of an evaluation, one for each model, prompt and seed. All models start from the same noise."""
 
 from __future__ import annotations
 
@@ -58,22 +57,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings with which all models generate their images.
+    """Settings with which all models generate images.
 
     Args:
         seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): Seeds of the initial noise. Each prompt gets one
             image per seed.
         noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): With `"prompt"`, the initial noise depends
-            on the prompt and the seed. With `"shared"`, it depends on the seed alone, as in the evaluation of the
-            Diffusion-SDPO authors.
+            on prompt and seed; with `"shared"`, on the seed alone, as in the evaluation of the Diffusion-SDPO authors.
         call_kwargs (`dict`, *optional*): Arguments of the pipelines' calls, such as `guidance_scale`,
             `num_inference_steps`, `height` and `width`.
-        batch_size (`int`, *optional*, defaults to `4`): Number of images that one call of the pipeline generates.
+        batch_size (`int`, *optional*, defaults to `4`): Images per call of the pipeline.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype in which pipelines are loaded.
         device (`str`, *optional*, defaults to `"cpu"`): Device on which pipelines and scorers run.
-        protocol (`"authors"`, *optional*): Draw as the Diffusion-SDPO authors do: with Euler steps where the
-            pipeline's scheduler can be replaced by Euler's, with SDXL's empty negative prompt encoded, and with the VAE
-            in float32. `noise`, `call_kwargs` and `dtype` are not changed.
+        protocol (`"authors"`, *optional*): Draw as the Diffusion-SDPO authors do: Euler steps where they can replace
+            the pipeline's scheduler, SDXL's empty negative prompt encoded, and the VAE in float32. `noise`,
+            `call_kwargs` and `dtype` are not changed.
 
     Raises:
         `ValueError`: If a setting is out of range, or torch cannot use `device` on this machine.
@@ -100,9 +98,9 @@ class ImageSettings:
             )
 
     def noise_seed(self, prompt: str, seed: int) -> int:
-        """Return the seed of the random generator for an image's initial noise."""
+        """Return the seed of `generator`."""
         if self.noise == "shared":
-            return seed % 2**64  # torch maps negative seeds to these numbers
+            return seed % 2**64  # as torch maps negative seeds
         return int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:4], "big")
 
     def generator(self, prompt: str, seed: int) -> torch.Generator:
@@ -111,18 +109,18 @@ class ImageSettings:
 
 
 def peers_of_this_run() -> Peers:
-    """Return the group of processes that accelerate launched, for sharing work among them."""
+    """Return the group of processes that accelerate launched, to share work among them."""
     state = PartialState()
     return Peers(state.process_index, state.num_processes, gather_objects)
 
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
-    """Return the path of the image that a model generates for a prompt and seed."""
+    """Return the path of a model's image for a prompt and seed."""
     return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
 
 
 def settings_path(folder: Path, candidate: str) -> Path:
-    """Return the path of the file that records how a model's images were generated."""
+    """Return the path of the record of how a model's images were generated."""
     return folder / "images" / candidate / SETTINGS_FILE
 
 
@@ -134,18 +132,18 @@ def generate_images(
     peers: Peers = ALONE,
     base: Candidate | None = None,
 ) -> None:
-    """Generate a model's images in batches, and skip each batch whose images are all in the folder already. Call it in
-    all processes.
+    """Generate a model's images in batches, except those whose images are all in the folder already. Call it in all
+    processes.
 
-    Images are always grouped into the same batches, so a resumed call writes the same bytes as an uninterrupted call.
+    Batches are always the same, so a resumed call writes the same bytes as an uninterrupted one.
 
     Args:
-        base (`Candidate`, *optional*): The base model. It is needed if the candidate has a `scale` and no LoRA:
-            the candidate's weights are then mixed with the base's weights, or the base guides the generation.
+        base (`Candidate`, *optional*): The base model. Needed if the candidate has a `scale` and no LoRA: its weights
+            are then mixed with the base's, or the base guides the generation.
 
     Raises:
-        `ValueError`: If the folder has images of this model that were generated with other settings or prompts, or the
-            model cannot be loaded.
+        `ValueError`: If the folder has images of this model generated with other settings or prompts, or the model
+            cannot be loaded.
     """
     target = folder / "images" / candidate.name
     peers.first(lambda: record_settings(target, facts_of(candidate, base, prompts, settings)))
@@ -223,8 +221,8 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
 
 
 def _draw_as_the_authors(pipeline: Any) -> None:
-    """Give a pipeline Euler steps, and let it encode SDXL's empty negative prompt. Schedulers that Euler's cannot
-    replace, such as those of flow matching, stay."""
+    """Give a pipeline Euler steps, unless they cannot replace its scheduler (as for flow matching), and let it encode
+    SDXL's empty negative prompt."""
     scheduler = pipeline.scheduler
     if EulerDiscreteScheduler in scheduler.compatibles:
         pipeline.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
@@ -235,8 +233,8 @@ def _draw_as_the_authors(pipeline: Any) -> None:
 def facts_of(
     candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
 ) -> dict[str, Any]:
-    """Return everything on which a model's images depend. [`record_settings`] compares these values with the values of
-    earlier images in the folder."""
+    """Return all that a model's images depend on, which [`record_settings`] compares with that of earlier images in the
+    folder."""
     files, has_lora = _described(candidate)
     base_files = None
     if base is not None and candidate.scale is not None and not has_lora:
@@ -261,7 +259,7 @@ def facts_of(
 
 
 def _described(candidate: Candidate) -> tuple[dict[str, Any], bool]:
-    """Describe all that a candidate is loaded from, or a loaded pipeline. Also return whether it has a LoRA."""
+    """Describe a loaded pipeline or all that a candidate is loaded from. Also return whether it has a LoRA."""
     if isinstance(candidate.model, DiffusionPipeline):
         has_lora = active_adapter(load_model(candidate.model).family.denoiser) is not None
         return describe_pipeline(candidate.model), has_lora
@@ -273,7 +271,7 @@ def _described(candidate: Candidate) -> tuple[dict[str, Any], bool]:
 
 
 def _described_source(source: str, **where: Any) -> dict[str, Any]:
-    if not Path(source).exists():  # the first call must know the commit on the Hub too, before it loads the model
+    if not Path(source).exists():  # even the first call needs the commit on the Hub, before it loads the model
         try:
             hf_hub_download(source, INDEX_FILE, revision=where.get("revision"))
         except HFValidationError:  # a path that does not exist, as loading it says
@@ -284,8 +282,8 @@ def _described_source(source: str, **where: Any) -> dict[str, Any]:
 
 
 def record_settings(target: Path, facts: dict[str, Any]) -> None:
-    """Write the settings of a model's images into the folder. Raise `ValueError` if images already in the folder were
-    generated with other settings."""
+    """Write the settings of a model's images into the folder. Raise `ValueError` if it has images generated with
+    others."""
     path = target / SETTINGS_FILE
     if any(target.glob("*.png")):
         before = read_description(path)
@@ -303,7 +301,7 @@ def record_settings(target: Path, facts: dict[str, Any]) -> None:
     else:
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
             if target.name in scores.stem.split("+"):  # a judge's file is named by its two models, joined by +
-                scores.unlink(missing_ok=True)  # these scores belong to deleted images
+                scores.unlink(missing_ok=True)  # its images were deleted
     write_description(path, facts)
 
 
@@ -321,16 +319,15 @@ def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
 
 
 def is_black(image: Image.Image) -> bool:
-    """Return whether every pixel is black. Safety checkers replace images by black images."""
+    """Return whether every pixel is black, as after a safety checker."""
     return image.convert("L").getextrema() == (0, 0)
 
 
 def saturation(images: np.ndarray) -> float:
-    """Return how colourful images are, in `[0, 1]`: the difference between the largest and the smallest channel of a
-    pixel, averaged over all pixels. Grey images have 0.
+    """Return how colourful images are, in `[0, 1]`: the difference between a pixel's largest and smallest channel,
+    averaged over all pixels. Grey images have 0.
 
-    This difference is called chroma. The saturation of the HSV colour model is the chroma divided by the largest
-    channel, so rounding errors dominate it in dark pixels.
+    This is chroma. HSV's saturation divides it by the largest channel, so rounding errors dominate in dark pixels.
 
     Args:
         images (`np.ndarray` of shape `(..., 3)`, uint8): The images.
@@ -339,8 +336,8 @@ def saturation(images: np.ndarray) -> float:
 
 
 def diversity(images: np.ndarray) -> float:
-    """Return the mean distance between two images of one prompt. The distance is the root mean squared difference of
-    pixel values in `[0, 1]`.
+    """Return the mean distance (root mean squared difference of pixel values in `[0, 1]`) between two images of one
+    prompt.
 
     Args:
         images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): Images of one prompt.

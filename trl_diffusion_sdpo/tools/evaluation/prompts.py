@@ -17,12 +17,12 @@ PROMPT_COLUMNS = ("prompt", "caption", "text", "Prompt", "caption_text")
 
 @dataclass(frozen=True)
 class PromptList:
-    """Prompts without repetitions, in their original order.
+    """Distinct prompts in their original order.
 
     Args:
         prompts (`tuple[str, ...]`): The prompts.
-        empty (`int`): Number of empty prompts that were skipped.
-        duplicates (`int`): Number of repeated prompts that were skipped.
+        empty (`int`): Number of empty prompts skipped.
+        duplicates (`int`): Number of repeated prompts skipped.
     """
 
     prompts: tuple[str, ...]
@@ -30,7 +30,7 @@ class PromptList:
     duplicates: int = 0
 
     def first(self, count: int) -> PromptList:
-        """Return a list with only the first `count` prompts.
+        """Return a list of only the first `count` prompts.
 
         Raises:
             `ValueError`: If `count` is below 1.
@@ -49,8 +49,8 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
 
     Args:
         source (`str` or `Path`): Path of a file, or Hub id of a dataset.
-        column (`str`, *optional*): Column or key with the prompts. If unset, the first existing column of `prompt`,
-            `caption`, `text` and similar names.
+        column (`str`, *optional*): Column or key of the prompts, by default the first of `prompt`, `caption`, `text`
+            and similar names that exists.
         split (`str`, *optional*, defaults to `"test"`): Split of the dataset.
 
     Raises:
@@ -72,14 +72,14 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
         import datasets
 
         loaded = datasets.load_dataset(str(source), split=split)
-        # Other columns may have images, which would be decoded.
+        # Other columns may have images, which reading would decode.
         texts = (datasets.Value("string"), datasets.Value("large_string"))
         entries = loaded.select_columns([name for name, kind in loaded.features.items() if kind in texts])
     return distinct_prompts([_prompt(entry, column, source) for entry in entries], source)
 
 
 def distinct_prompts(prompts: Sequence[str], source: Any = "the list") -> PromptList:
-    """Return the prompts without empty and repeated prompts, and the numbers of empty and repeated prompts.
+    """Return the prompts without empty and repeated ones, and how many of each were left out.
 
     Raises:
         `ValueError`: If all prompts are empty.

@@ -1,4 +1,4 @@
-"""Write the report of an evaluation: an HTML page that works offline, and the same results as Markdown."""
+"""Write the report of an evaluation: an HTML page that works offline, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .scales import Sweep
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
-SHOWN_PROMPTS = 6  # number of prompts in each list of images
+SHOWN_PROMPTS = 6  # prompts in each list of images
 SHOWN_SIDE = 512  # longer side of the images on the page, in pixels
 LIMITS = (
     "A scorer is a model of taste, not a person. If the same scorer also chose the training pairs, it favours the "
@@ -42,7 +42,7 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
 
 
 def verdict_sentence(one: Comparison, base: str) -> str:
-    """Return a sentence that says whether a scorer shows a model to be better than the base model."""
+    """Return a sentence on whether a scorer shows a model to be better than the base model."""
     result = one.result
     rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
     if one.verdict == BETTER:
@@ -56,7 +56,7 @@ def verdict_sentence(one: Comparison, base: str) -> str:
 
 
 def scale_sentence(sweep: Sweep, scorer: str) -> str:
-    """Return a sentence that names the scale that a scorer recommends."""
+    """Return a sentence on the scale that a scorer recommends."""
     scale = sweep.recommended[scorer]
     kind = "of the weights" if sweep.form == "weights" else "of preference guidance"
     if scale is None:
@@ -112,7 +112,7 @@ def _means_table(evaluation: Evaluation) -> list[list[str]]:
 
 
 def html_report(folder: Path, evaluation: Evaluation) -> str:
-    """Return the report as an HTML page, which contains its images and needs no network."""
+    """Return the report as an HTML page with its images, which needs no network."""
     base, *others = evaluation.models
     swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
     single = [model for model in others if model not in swept]
@@ -149,7 +149,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
 
 
 def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict[str, Any]]:
-    """Return two plots for a scorer: the win rate and the mean score at each scale."""
+    """Return two plots for a scorer: win rate and mean score at each scale."""
     base = float(np.nanmean(evaluation.scores[scorer][evaluation.models[0]]))
     results = {one.model: one.result for one in evaluation.comparisons if one.scorer == scorer}
     rates = {0.0: (0.5, 0.5, 0.5)}
@@ -165,8 +165,8 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
 
 
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
-    """Return a plot of values and their intervals against scales, as coordinates in the SVG drawing of the page.
-    `points` maps each scale to a value and the ends of its interval. `number` is the format of the y axis's labels."""
+    """Return a plot of values and their intervals against scales, in SVG coordinates. `points` maps each scale to a
+    value and the ends of its interval; `number` formats the y axis's labels."""
     left = 66
     right = 338
     top = 34
@@ -197,8 +197,8 @@ def _curve(title: str, points: dict[float, tuple[float, float, float]], number: 
 def _rows_of_images(
     folder: Path, evaluation: Evaluation, models: dict[str, str]
 ) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return one image per model for some evenly spaced prompts. All images are those of the first seed. `models` maps
-    the label below an image to the name of the model."""
+    """Return the first seed's image of each model for some evenly spaced prompts. `models` maps the label below an
+    image to the model's name."""
     count = len(evaluation.prompts.prompts)
     scores = next(iter(evaluation.scores.values()), None)
     return [
@@ -219,8 +219,8 @@ def _rows_of_images(
 
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return the prompts on which the first scorer scores the model most above the base model, and most below it. Each
-    prompt comes with the images of the seed whose score changed most in this direction."""
+    """Return the prompts on which the first scorer puts the model most above the base model, and most below it, each
+    with the images of the seed whose score changed most that way."""
     base = evaluation.models[0]
     by_model = next(iter(evaluation.scores.values()))
     change = by_model[model] - by_model[base]  # (prompts, seeds)
@@ -244,7 +244,7 @@ def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[st
 
 
 def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the name, the verdict and the plots of each training run that made one of the models."""
+    """Return name, verdict and plots of each training run that made one of the models."""
     sources = []
     for model in evaluation.models:
         settings = json.loads(settings_path(folder, model).read_text(encoding="utf-8"))
@@ -270,7 +270,7 @@ def _url_of_file(path: Path) -> str:
 
 
 def thumbnail_url(image: Image.Image, side: int) -> str:
-    """Return an image as a data URL for an HTML page. The image is shrunk to at most `side` pixels on each side."""
+    """Return an image as a data URL for an HTML page, shrunk to at most `side` pixels on each side."""
     shown = image.convert("RGB")
     shown.thumbnail((side, side))
     if max(shown.size) <= side // 8:  # browsers blur small images when they enlarge them
@@ -281,7 +281,7 @@ def thumbnail_url(image: Image.Image, side: int) -> str:
 
 
 def template(path: Path) -> jinja2.Template:
-    """Return the Jinja template in a file. The template escapes all values for HTML."""
+    """Return the Jinja template in a file, which escapes all values for HTML."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Hold the results of an evaluation."""
+"""The results of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .scales import Sweep
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of one model with the base model by one scorer.
+    """Comparison of one model with the base model by one scorer.
 
     `adjusted` is the p-value of `result` after Holm's correction for all comparisons of the evaluation.
     """
@@ -30,21 +30,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation.
+    """Result of an evaluation.
 
     Args:
         prompts (`PromptList`): The prompts.
         seeds (`tuple[int, ...]`): The seeds. Each prompt has one image per model and seed.
-        models (`tuple[str, ...]`): Names of the models. The first is the base model.
-        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. The score is NaN for
-            an image without a score.
-        comparisons (`tuple[Comparison, ...]`): For each scorer, one comparison of each other model with the base model.
-        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which the two
-            scorers agree whether this model or the base model is better.
-        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images. Black
-            images were probably hidden by a safety checker.
+        models (`tuple[str, ...]`): Names of the models, the base model first.
+        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`, NaN for images
+            without one.
+        comparisons (`tuple[Comparison, ...]`): For each scorer, one of each other model with the base model.
+        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which they agree
+            whether this model or the base model is better.
+        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images, which a
+            safety checker probably hid.
         notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
-        sweeps (`tuple[Sweep, ...]`): One entry for each model that was evaluated at several scales.
+        sweeps (`tuple[Sweep, ...]`): One for each model that was evaluated at several scales.
     """
 
     prompts: PromptList

@@ -26,22 +26,21 @@ from ..guidance import preference_guidance
 from ..guidance.arithmetic import interpolate
 from .candidate import Candidate
 
-FEWEST_PROMPTS = 8  # with fewer prompts, standard errors are unreliable and often too small
+FEWEST_PROMPTS = 8  # with fewer, standard errors are unreliable and often too small
 CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # form -> key of the recommended scale in a model card
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The results of a tuned model at several scales.
+    """Results of a tuned model at several scales.
 
     Args:
         name (`str`): Name of the tuned model.
-        form (`str`): `"weights"` if the change of weights was scaled, or `"guidance"` if the change of predictions was
-            scaled (preference guidance).
+        form (`str`): What was scaled: `"weights"` for their change, `"guidance"` for the change of predictions
+            (preference guidance).
         names (`dict[float, str]`): Scale -> name of the candidate, in ascending order of scale. Scale 0 is the base
             model.
-        recommended (`dict[str, float | None]`): Scorer -> recommended scale, or `None` if there are too few
-            prompts.
+        recommended (`dict[str, float | None]`): Scorer -> recommended scale, `None` with too few prompts.
     """
 
     name: str
@@ -61,7 +60,7 @@ def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
 
 
 def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[Sweep]:
-    """Group the candidates that differ only in their scale, and recommend a scale for each group of two or more.
+    """Group the candidates that differ only in scale, and recommend one for each group of two or more.
 
     The first candidate is the base model and belongs to no group.
     """
@@ -86,15 +85,13 @@ def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str,
 
 
 def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
-    """Return the smallest scale that is about as good as the best scale.
+    """Return the smallest scale that is about as good as the best one, which has the highest mean score.
 
-    The best scale has the highest mean score. Another scale is about as good if its mean score is lower by at most one
-    standard error of the difference between the two means. The standard error is computed over prompts. The base model
-    (scale 0) is about as good unless the 95 % interval of the difference is above 0.
+    Its mean score may be lower by at most one standard error of the difference between the two, computed over prompts.
+    The base model (scale 0) is about as good unless the 95 % interval of the difference is above 0.
 
     Args:
-        scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`, with NaN for images without a
-            score.
+        scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`, NaN for images without one.
 
     Returns:
         `float` or `None`: The scale, or `None` if fewer than eight prompts have scores at every scale.
@@ -118,7 +115,7 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
 def recommend_in_cards(
     sweeps: Sequence[Sweep], candidates: Sequence[Candidate], call_kwargs: Mapping[str, Any] | None
 ) -> None:
-    """Write the scale that the first scorer recommends into the model card of each evaluated training run."""
+    """Write the first scorer's recommended scale into the model card of each evaluated training run."""
     by_name = {one.name: one for one in candidates}
     for sweep in sweeps:
         one = by_name[sweep.names[max(sweep.names)]]
@@ -136,10 +133,10 @@ def recommend_in_cards(
 
 @contextlib.contextmanager
 def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Module | None) -> Iterator[None]:
-    """Return a context manager within which a candidate's change of weights or predictions is multiplied by its scale.
+    """Within the context, multiply a candidate's change of weights or predictions by its scale.
 
     Args:
-        base (`nn.Module`, *optional*): The base model's denoiser. It is only used if the candidate has no LoRA.
+        base (`nn.Module`, *optional*): The base model's denoiser, used only if the candidate has no LoRA.
     """
     is_lora = active_adapter(denoiser) is not None
     if candidate.scale is None:
@@ -176,7 +173,7 @@ def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) ->
             f"same architecture. The first model differs: {different}. List the right base model first."
         )
     tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
-    if active_adapter(base) is not None:  # the base has a LoRA; its weights are those with the LoRA
+    if active_adapter(base) is not None:  # the base's weights are those with its LoRA
         base = copy.deepcopy(base)
         for layer in adapter_layers(base):
             layer.merge()

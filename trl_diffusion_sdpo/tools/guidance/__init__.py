@@ -1,4 +1,4 @@
-"""Generate images with predictions that go beyond the tuned model, away from a reference."""
+"""Generate images with predictions beyond the tuned model's, away from a reference."""
 
 from .preference_guidance import preference_guidance
 

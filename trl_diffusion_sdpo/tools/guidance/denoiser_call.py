@@ -1,4 +1,4 @@
-"""A pipeline's call of its denoiser: read its inputs by name, select rows of the inputs, and replace the prediction."""
+"""A pipeline's call of its denoiser: read its inputs by name, select rows of them, and replace the prediction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LORA_SCALE = "scale"  # key of the LoRA scale in a pipeline's `cross_attention_k
 
 
 class DenoiserCall:
-    """The arguments that a pipeline passes in one call of its denoiser.
+    """Arguments that a pipeline passes in one call of its denoiser.
 
     Args:
-        signature (`inspect.Signature`): Signature of the denoiser's `forward`. The first arguments of `forward` must be
-            `self` and the latents.
+        signature (`inspect.Signature`): Signature of the denoiser's `forward`, whose first arguments must be `self` and
+            the latents.
         args, kwargs: Arguments that the pipeline passed.
         batch_dimensions (`dict[str, int | None]`): See [`~trl_diffusion_sdpo.families.Family`].
     """
@@ -32,7 +32,7 @@ class DenoiserCall:
         self._batch_dimensions = batch_dimensions
         bound = list(signature.bind(None, *args, **kwargs).arguments.items())
         self.inputs: dict[str, Any] = dict(bound[1:])
-        self.latents: Any = bound[1][1]  # a tensor, or a list with one tensor for each row of the batch
+        self.latents: Any = bound[1][1]  # a tensor, or a list with one for each row of the batch
         self.rows = len(self.latents)
         self.everything = slice(0, self.rows)
 
@@ -65,7 +65,7 @@ class DenoiserCall:
             return value[rows] if has_rows else value
         if isinstance(value, dict):
             return {name: self._select(entry, rows) for name, entry in value.items()}
-        if isinstance(value, list) and is_input:  # a list with one entry for each row
+        if isinstance(value, list) and is_input:  # one entry for each row
             return value[rows] if len(value) == self.rows else value
         if isinstance(value, (list, tuple)):
             return type(value)(self._select(entry, rows) for entry in value)
@@ -73,8 +73,8 @@ class DenoiserCall:
 
 
 def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments. The scale of the
-    policy's LoRA must not act on the reference."""
+    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments: the policy's must
+    not act on the reference."""
     return {
         name: {key: entry for key, entry in value.items() if key != LORA_SCALE}
         if name.endswith("attention_kwargs") and isinstance(value, dict)
@@ -84,13 +84,13 @@ def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_in(output: Any) -> torch.Tensor:
-    """Return the prediction `(N, ...)` from a denoiser's output. A list with one tensor per row is stacked."""
+    """Return the prediction `(N, ...)` from a denoiser's output, stacking a list of one tensor per row."""
     prediction = output[0]
     return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
 def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """Return a copy of a denoiser's output in which `prediction` replaces the denoiser's own prediction."""
+    """Return a copy of a denoiser's output with `prediction` in place of its own."""
     new = list(prediction.unbind()) if isinstance(output[0], list) else prediction
     if isinstance(output, tuple):
         return (new, *output[1:])

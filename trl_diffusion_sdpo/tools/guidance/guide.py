@@ -1,4 +1,4 @@
-"""Replace the predictions of a pipeline's denoiser by combinations of the predictions of policy and reference."""
+"""Replace a denoiser's predictions by combinations of the policy's and the reference's."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ Form = Literal["conditional", "npo"]
 
 @dataclass(frozen=True)
 class Branches:
-    """The rows of a denoiser call that are predicted for the prompts (conditional), and those that are predicted for
-    the negative prompts of classifier-free guidance (unconditional). A call for another purpose has no rows of either
-    kind."""
+    """Rows of a denoiser call that are predicted for the prompts (conditional), and for the negative prompts of
+    classifier-free guidance (unconditional). A call for another purpose has neither."""
 
     conditional: slice | None
     unconditional: slice | None
 
 
 class Guide:
-    """Forward hook that guides a denoiser. The denoiser's own prediction is that of the policy.
+    """Forward hook that guides a denoiser, whose own prediction is the policy's.
 
     Args:
         family ([`Family`]): Family of the pipeline.
@@ -71,7 +70,7 @@ class Guide:
             self._shift = None
             return output
         self.calls_within += 1
-        # Clone, because with CUDA graphs the reference's pass overwrites this memory.
+        # With CUDA graphs, the reference's pass overwrites this memory.
         policy = prediction_in(output).clone()
         return with_prediction(output, self._mix(call, self._branches(call), policy))
 
@@ -95,8 +94,8 @@ class Guide:
         return Branches(last, first) if self._family.conditional_rows == "last" else Branches(first, last)
 
     def _branches_of_calls(self, call: DenoiserCall) -> Branches:
-        """Return the branches for pipelines that call the denoiser twice per step: first for the prompts, then for the
-        negative prompts. If a call has the same latents as the previous call, this call is the second of its step."""
+        """Return the branches for pipelines that call the denoiser twice per step, for the prompts and then for the
+        negative prompts, with the same latents."""
         schedule = self._family.pipeline.scheduler.timesteps  # a new tensor each time the pipeline is called
         follows = call.latents is self._latents and schedule is self._schedule
         self._latents = call.latents
@@ -115,8 +114,8 @@ class Guide:
         return shifted(policy, torch.cat([self._shift, self._shift]))
 
     def shift_unconditional(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook for a separate network that makes the unconditional predictions: add the shift of the last
-        conditional prediction to its output."""
+        """Forward hook for a separate network for unconditional predictions: add the shift of the last conditional
+        prediction to its output."""
         if self._shift is None:  # outside the interval
             return output
         prediction = prediction_in(output)
@@ -145,9 +144,8 @@ def without_prompt_cache(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def _fitted(shift: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Return a shift in the shape of a prediction. The shapes differ if a denoiser's output contains prompt tokens
-    before the image tokens, and prompt and negative prompt have different lengths. The shift of prompt tokens is then
-    cut off or filled with zeros."""
+    """Return a shift in the shape of a prediction. If a denoiser's output starts with prompt tokens, and prompt and
+    negative prompt differ in length, the shift of prompt tokens is cut off or filled with zeros."""
     if shift.shape == prediction.shape:
         return shift
     tokens = min(shift.shape[1], prediction.shape[1])

@@ -1,4 +1,4 @@
-"""Preference guidance: extrapolate from a reference's predictions beyond those of the tuned model."""
+"""Preference guidance: extrapolate from a reference's predictions beyond the tuned model's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_SCALE = 3.0
 TRIED_SCALES = 6.0  # largest scale that we have measured
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
-_guided: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # denoisers within a context of `preference_guidance`
+_guided: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # denoisers within `preference_guidance`
 
 
 @contextlib.contextmanager
@@ -55,8 +55,8 @@ def preference_guidance(
             device, or the name of an adapter on the pipeline's, such as a LoRA trained with `swap_labels=True`. By
             default, the pipeline's denoiser with its LoRA switched off.
         form (`str`, *optional*, defaults to `"conditional"`): How predictions are combined under classifier-free
-            guidance. In the formulas below, g is the strength of classifier-free guidance. The policy predicts c for
-            the prompt and u for the negative prompt. The reference predicts c_r and u_r.
+            guidance, with its strength g. The policy predicts c for the prompt and u for the negative prompt; the
+            reference predicts c_r and u_r.
 
             - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`.
             - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. Without classifier-free guidance, it has no effect.
@@ -126,7 +126,7 @@ def preference_guidance(
         yield pipeline
         return
 
-    # Guide the denoiser until the context ends. This works also if the denoiser is compiled or offloaded.
+    # Guide the denoiser until the context ends, even if it is compiled or offloaded.
     guide = Guide(family, refer, form, scale, interval)
     plain = unwrap_module(denoiser)
     with contextlib.ExitStack() as stack:
@@ -157,7 +157,7 @@ def _family_of(pipeline: Any) -> Family:
     family = family_for_class_name(name.replace("ModularPipeline", "Pipeline") if is_modular else name)(pipeline)
     if is_modular:
         family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
-    # A pipeline that only generates may lack VAE and text encoders. What is checked needs the VAE's configuration.
+    # To generate, a pipeline may lack VAE and text encoders. What is checked needs the VAE's configuration.
     family.frozen_components = tuple(part for part in family.frozen_components if getattr(pipeline, part, None))
     if "vae" in family.frozen_components:
         family.check_pipeline()
@@ -209,5 +209,5 @@ def _check_denoiser(denoiser: nn.Module) -> None:
 
 
 def is_distilled(family: Family) -> bool:
-    """Return whether the denoiser or the scheduler of a pipeline is made for generation in few steps."""
+    """Return whether a pipeline's denoiser or scheduler is made for generation in few steps."""
     return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS

@@ -1,5 +1,5 @@
-"""The reference of preference guidance: the pipeline's denoiser with its LoRA switched off or with another LoRA, or
-another denoiser."""
+"""The reference of preference guidance: the pipeline's denoiser with its LoRA off or with another LoRA, or another
+denoiser."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reference_of(denoiser: nn.Module, reference: nn.Module | str | None) -> Call
         reference (`nn.Module` or `str`, *optional*): See [`preference_guidance`].
 
     Raises:
-        `ValueError`: If this denoiser cannot have this reference.
+        `ValueError`: If the denoiser cannot have this reference.
     """
     if isinstance(reference, nn.Module):
         _check_denoiser(denoiser, reference)

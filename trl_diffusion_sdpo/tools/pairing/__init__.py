@@ -1,1 +1,1 @@
-"""Make pairs from a person's picks, from images that a person has, or from a model's images, and check the pairs."""
+"""Make pairs from a person's picks, from your own images or from a model's, and check them."""

@@ -19,8 +19,8 @@ from .manifest import pixel_hash
 from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
-SHOWN_SIDE = 256  # pixels of the longer side of images in the contact sheet
-EXAMINED = 500  # largest number of pairs to examine
+SHOWN_SIDE = 256  # longer side of images in the contact sheet, in pixels
+EXAMINED = 500  # most pairs to examine
 
 
 def check_pairs(
@@ -31,19 +31,18 @@ def check_pairs(
     sheet: Path | None = None,
     folder: Path | None = None,
 ) -> list[str]:
-    """Report which pairs training reads, which pairs it drops, and which pairs look doubtful, as lines of text.
+    """Report which pairs training reads, which it drops, and which look doubtful, as lines of text.
 
-    The report counts the pairs whose images cannot be decoded, among all pairs. Up to 500 evenly spaced pairs are
-    examined more closely: for identical images, repeated pairs and contradictions.
+    All pairs are checked for images that cannot be decoded. Up to 500, evenly spaced, are also examined for identical
+    images, repeated pairs and contradictions.
 
     Args:
         dataset (`Any`): See [`prepare_dataset`].
         options (`PairOptions`, *optional*): Settings with which training would read the data set.
-        scorer (`Scorer`, *optional*): Scorer for the examined pairs. The report gives the share of these pairs whose
-            chosen image gets a higher score than the rejected image.
-        sheet (`Path`, *optional*): HTML file for the contact sheet, which shows the examined pairs with their prompts.
-        folder (`Path`, *optional*): Output folder of the command `pairs pick`. If the folder has picks, the report also
-            gives the number of picks with each verdict.
+        scorer (`Scorer`, *optional*): Scorer of the examined pairs. The report gives the share whose chosen image gets
+            the higher score.
+        sheet (`Path`, *optional*): HTML file for a contact sheet of the examined pairs with their prompts.
+        folder (`Path`, *optional*): Output folder of `pairs pick`. The report also counts its picks by verdict.
 
     Raises:
         `ValueError`: If training would raise an error for the data set, or the scorer fails.
@@ -68,7 +67,7 @@ def check_pairs(
             winner, loser = (
                 image.decode(pairs.reader) for image in source.images(origins[pair].reshape(2, 2).tolist())
             )
-        except UndecodableImageError:  # the file was deleted after `prepare_dataset` had read it
+        except UndecodableImageError:  # the file was deleted since `prepare_dataset` read it
             continue
         prompt = prompts[pair]
         first = pixel_hash(winner)
@@ -117,5 +116,5 @@ def check_pairs(
 def _scores(scorer: Scorer, images: list[Image.Image], prompt: str) -> list[float]:
     try:
         return scorer(images, [prompt] * len(images)).tolist()
-    except Exception as error:  # the user's own function may raise anything, and the data set is not to blame
+    except Exception as error:  # a user's function may raise anything, and the data set is not to blame
         raise UserError(f"The scorer {scorer.name} failed with {type(error).__name__}: {error}") from error

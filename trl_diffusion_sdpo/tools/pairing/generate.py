@@ -1,5 +1,5 @@
-"""Make pairs from a model's own images: generate several images of each prompt, score them, and pair good images with
-bad ones."""
+"""Make pairs from a model's own images: generate several of each prompt, score them, and pair good ones with bad
+ones."""
 
 from __future__ import annotations
 
@@ -32,16 +32,14 @@ class Pairing:
     """How scored images of one prompt become pairs.
 
     Args:
-        combination (`str`, *optional*, defaults to `"weighted"`): How the scores of several scorers become one reward.
-            `"weighted"`: each scorer's scores are normalised to z-scores within the prompt. The reward is their
-            weighted sum, divided by its standard deviation over all images (GDPO). `"majority"`: an image beats
-            another image of its prompt if most scorers prefer it. The reward is the share of the
-            other images that the image beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`: like
+        combination (`str`, *optional*, defaults to `"weighted"`): How several scorers' scores become one reward.
+            `"weighted"`: the weighted sum of their z-scores within the prompt, divided by its standard deviation over
+            all images (GDPO). `"majority"`: the share of the prompt's other images that the image beats, minus the
+            share that beat it, in `[-1, 1]`; an image beats another if most scorers prefer it. `"pareto"`: like
             `"weighted"`, but without pairs in which a scorer prefers the rejected image.
-        weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight. Scorers without an entry have
-            weight 1.
+        weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight, 1 if missing.
         margin (`float`, *optional*): Make a pair of every two images of a prompt whose rewards differ by at least this
-            number. If unset, each prompt gives one pair: its best and its worst image.
+            much. If unset, each prompt gives one pair: its best and its worst image.
 
     Raises:
         `ValueError`: If a value is out of range.
@@ -75,9 +73,8 @@ def generate_pairs(
 ) -> int:
     """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
 
-    Images and scores are saved in the folder. After an interruption, call the function again with the same arguments to
-    continue. A call with another `pairing` reuses the images and scores. If accelerate launches several processes, the
-    processes share the work.
+    Images and scores are saved in the folder: call it again with the same arguments to continue after an interruption,
+    or with another `pairing` to reuse them. Processes that accelerate launches share the work.
 
     Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `score_scales` (what the
     scores mean, which losses read), `agreement` (share of scorers that prefer the chosen image; a tie counts half),
@@ -87,10 +84,9 @@ def generate_pairs(
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
-        scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, so that a person can judge
-            them with `pairs pick`. A judge such as `vlm_judge` compares the images of neighbouring seeds: of the first
-            and the second seed, of the third and the fourth seed, and so on. With a judge, a chosen image must have won
-            its comparison, and a rejected image must have lost its comparison.
+        scorers (`Sequence[Scorer]`): The scorers. Without any, only images are written, for `pairs pick`. A judge such
+            as `vlm_judge` compares the images of neighbouring seeds: first and second, third and fourth, and so on. A
+            chosen image must then have won its comparison, and a rejected one lost it.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -99,9 +95,9 @@ def generate_pairs(
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight is
-            given for a scorer that is not used; if the folder has images that were generated with other settings, or
-            pairs that a person picked; or if no two images of a prompt can be paired.
+        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight names
+            a scorer that is not used; if the folder has images generated with other settings, or pairs that a person
+            picked; or if no two images of a prompt can be paired.
     """
     pairing = pairing or Pairing()
     folder = Path(output_dir)
@@ -172,29 +168,29 @@ def pairs_of_negatives(
     settings: ImageSettings,
     negative_kwargs: Mapping[str, Any],
 ) -> int:
-    """Write `pairs.jsonl` for training: each chosen image of a model is paired with an image that the same model
-    generates from the same noise with worse settings. No scorer is needed.
+    """Write `pairs.jsonl` for training: each chosen image of a model is paired with one that the model generates from
+    the same noise with worse settings. Needs no scorer.
 
-    By default, the command line generates the worse images without guidance. After an interruption, call the function
-    again with the same arguments to continue.
+    By default, the command line's worse settings have no guidance. Call it again with the same arguments to
+    continue after an interruption.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         output_dir (`str` or `Path`): Folder for images, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one pair per seed.
-        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. `negative_kwargs`
-            override the arguments in `settings`.
+        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images, in place of those in
+            `settings`.
 
     Returns:
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If the worse images would be generated with the same arguments as the chosen images, or the folder
-            has images that were generated with other settings, or pairs that a person picked.
+        `ValueError`: If the worse images would get the same arguments as the chosen ones, or the folder has images
+            generated with other settings, or pairs that a person picked.
 
-    Source: https://huggingface.co/papers/2505.11777 (Self-NPO), which uses a model's own images as negatives. That both
-    images of a pair start from the same noise is this package's choice.
+    Source: https://huggingface.co/papers/2505.11777 (Self-NPO), which uses a model's own images as negatives. Starting
+    both images of a pair from the same noise is our choice.
     """
     if {**(settings.call_kwargs or {}), **negative_kwargs} == (settings.call_kwargs or {}):
         raise UserError(
@@ -238,12 +234,12 @@ def _refuse_picks(folder: Path) -> None:
 
 
 def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -> np.ndarray:
-    """Return one reward for each image, or NaN if a scorer gave the image no score.
+    """Return one reward for each image, or NaN if it has no score from some scorer.
 
     Args:
         scores (`np.ndarray` of shape `(scorers, prompts, images)`): The scores.
-        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers. `"majority"` gives one vote to each
-            scorer with a weight above 0.
+        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers. With `"majority"`, each with a weight
+            above 0 has one vote.
 
     Returns:
         `np.ndarray` of shape `(prompts, images)`: The rewards.
@@ -266,10 +262,10 @@ def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -
 
 
 def scale_of_rewards(rewards: np.ndarray, combination: Combination, names: Sequence[str]) -> ScoreScale:
-    """Return the scale of the rewards of [`combine`]: their range over all images.
+    """Return the scale of the rewards of [`combine`], with their range over all images.
 
-    Differences of weighted z-scores count as log-odds, so `calibrated_scores` regards a difference of one standard
-    deviation as a clear preference.
+    Differences of weighted z-scores count as log-odds, so for `calibrated_scores` one standard deviation is a clear
+    preference.
     """
     if combination == "majority":
         name = f"majority votes of {', '.join(names)}"
@@ -283,16 +279,15 @@ def scale_of_rewards(rewards: np.ndarray, combination: Combination, names: Seque
 def _judge_neighbours(
     judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 ) -> np.ndarray:
-    """Let a judge compare the images of neighbouring seeds, and return its verdict on each image, `(prompts, seeds)`.
+    """Let a judge compare the images of neighbouring seeds, and return its verdicts, `(prompts, seeds)`.
 
-    The verdict is 1 if the judge prefers the image to its neighbour, -1 if the judge prefers the neighbour, 0 for a
-    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have no neighbour, so
-    their verdict is NaN.
+    A verdict is 1 if the judge prefers the image to its neighbour, -1 if it prefers the neighbour, 0 for a tie, and NaN
+    without an answer. With an odd number of seeds, the last has no neighbour, so its verdicts are NaN.
     """
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
     rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
-    # The verdicts are saved as "model+model.json". If the images were deleted, `record_settings` deletes this file.
+    # Verdicts are saved as "model+model.json", which `record_settings` deletes if the images were deleted.
     compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
     judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
     judged[:, 0 : 2 * count : 2] = compared
@@ -303,10 +298,9 @@ def _judge_neighbours(
 def _pairs(
     scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
 ) -> list[tuple[int, int]]:
-    """Return the pairs (chosen, rejected) of one prompt's images, in descending order of the difference in reward.
+    """Return the pairs (chosen, rejected) of one prompt's images, those with the largest difference in reward first.
 
-    If `judged` is set, it has the verdict of `_judge_neighbours` on each image. Only images with verdict 1 can be
-    chosen, and only images with verdict -1 can be rejected.
+    Given the verdicts of `_judge_neighbours`, only images with 1 can be chosen, and only those with -1 rejected.
     """
     images = np.flatnonzero(np.isfinite(rewards))
     allowed = [

@@ -1,4 +1,4 @@
-"""Read prompts and ratings from the metadata of generated images. Metadata may be damaged or malicious, so its size is
+"""Read prompts and ratings from the metadata of generated images. It may be damaged or malicious, so its size is
 limited and errors in it are ignored."""
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from typing import Any
 from PIL import ExifTags, Image
 
 MAX_METADATA = 4 * 2**20  # characters; a ComfyUI graph has about 100,000
-MAX_NODES = 1000  # largest number of nodes of a ComfyUI graph that are visited
-# Names of the inputs of a ComfyUI node that can hold the prompt (`_TEXTS`), and of the inputs that can be linked to the
-# node with the prompt (`_LINKS`). Inputs with earlier names are read first.
+MAX_NODES = 1000  # most nodes of a ComfyUI graph to visit
+# Inputs of a ComfyUI node that can hold the prompt (`_TEXTS`) or be linked to the node that does (`_LINKS`), in the
+# order in which they are read.
 _TEXTS = ("text", "text_g", "t5xxl", "clip_l", "prompt", "positive_prompt", "string", "value")
 _LINKS = ("positive", "guider", "conditioning", "conditioning_1", *_TEXTS)
-# This text in a prompt makes A1111 load a LoRA or a hypernetwork. It does not describe the image, so it is removed.
+# Makes A1111 load a LoRA or a hypernetwork. It does not describe the image, so it is removed from prompts.
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 _RATING = re.compile(r"""(?:xmp:Rating\s*=\s*["']|<xmp:Rating>\s*)(-1|[1-5])\b""")
 _WINDOWS_RATING = 0x4746  # EXIF tag
 
 
 def prompt_in_metadata(image: Image.Image) -> str:
-    """Return the prompt from which an image was generated, or an empty string if the image's metadata has no prompt.
-    The pixels of the image are not decoded."""
+    """Return the prompt in an image's metadata, or an empty string, without decoding pixels."""
     texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
     exif = image.getexif()
     comment = _comment(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
@@ -39,7 +38,7 @@ def prompt_in_metadata(image: Image.Image) -> str:
 
 
 def rating_in_metadata(image: Image.Image) -> float | None:
-    """Return an image's star rating in XMP or EXIF: 1 to 5, -1 if the image is marked as rejected, or `None`."""
+    """Return an image's star rating in XMP or EXIF: 1 to 5, -1 if it is marked as rejected, or `None`."""
     for key in ("xmp", "XML:com.adobe.xmp"):
         packet = image.info.get(key, "")
         text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
@@ -50,7 +49,7 @@ def rating_in_metadata(image: Image.Image) -> float | None:
 
 
 def _prompt_of_parameters(text: str) -> str:
-    """Return the prompt in the text that A1111 and Forge write, or in the JSON of SwarmUI."""
+    """Return the prompt in the text of A1111 and Forge, or in the JSON of SwarmUI."""
     if text.lstrip().startswith("{"):
         content = _json(text)
         inner = content.get("sui_image_params", content)
@@ -70,7 +69,7 @@ def _prompt_of_graph(text: str) -> str:
 
 
 def _text_before(graph: Mapping[str, Any], start: str) -> str:
-    """Follow the links of a graph from a sampler node back to its positive prompt, and return this prompt."""
+    """Follow the links of a graph from a sampler node back to its positive prompt, and return it."""
     waiting = [start]
     visited = set[str]()
     while waiting and len(visited) < MAX_NODES:
@@ -82,7 +81,7 @@ def _text_before(graph: Mapping[str, Any], start: str) -> str:
         for name in _TEXTS:
             if key != start and isinstance(inputs.get(name), str) and inputs[name].strip():
                 return " ".join(inputs[name].split())
-        # A link is a list: the name of a node and the number of one of its outputs.
+        # A link is a list: a node's name and the number of one of its outputs.
         waiting += [str(inputs[name][0]) for name in _LINKS if isinstance(inputs.get(name), list) and inputs[name]]
     return ""
 
@@ -101,13 +100,13 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _comment(value: Any) -> str:
-    """Return the text of an EXIF comment. The first eight bytes of a comment name its encoding."""
+    """Return the text of an EXIF comment, whose first eight bytes name its encoding."""
     if not isinstance(value, bytes):
         return value if isinstance(value, str) else ""
     head = value[:8]
     body = value[8:]
     if not head.startswith(b"UNICODE"):
         return (body if head.startswith(b"ASCII") else value).decode("utf-8", "ignore").strip("\0 ")
-    # Programs write UTF-16 in different byte orders. The high byte of most characters is zero, which shows the order.
+    # Programs write UTF-16 in different byte orders. Most characters have a zero high byte, which shows the order.
     is_big = body[0:200:2].count(0) >= body[1:200:2].count(0)
     return body.decode("utf-16-be" if is_big else "utf-16-le", "ignore").strip("\0 ")

@@ -1,6 +1,6 @@
 """Read and write `manifest.jsonl`, which lists the images of a folder with their prompts and other columns.
 
-The command `evaluate` also writes this file, with the column `model`.
+`evaluate` writes it too, with the column `model`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ...utils.errors import UserError
 from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
 
 MAX_PROMPT = 20_000  # characters
-# Columns that `pairs from-images` writes: the hash of an image's pixels, and the names and hashes of its copies, which
-# are not listed. Picks find their images again by these hashes, also after files were renamed.
+# Columns of `pairs from-images`: the hash of an image's pixels, and the names and hashes of its copies, which are not
+# listed. Picks find their images again by these hashes, even after files were renamed.
 CONTENT = "sha256"
 COPIES = "copies"
 RATING = "rating"
 OWN_COLUMNS = ("image", "prompt", CONTENT, COPIES, RATING)
-# Types of the columns that commands read. A column may also be missing.
+# Types of the columns that commands read. A column may be missing.
 _TYPES: dict[str, tuple[type, ...]] = {
     "model": (str, NoneType),
     "seed": (int, float, str, NoneType),
@@ -46,13 +46,13 @@ class ListedImage:
 
     @property
     def contents(self) -> list[str]:
-        """Hashes of the pixels of the image and of its copies. Empty if the manifest has none."""
+        """Hashes of the pixels of the image and its copies, empty if the manifest has none."""
         copies = self.facts.get(COPIES) or {}
         return [*filter(None, [self.facts.get(CONTENT)]), *copies.values()]
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
-    """Return the images in a folder's manifest, and the number of skipped lines for each reason."""
+    """Return the images in a folder's manifest, and how many lines were skipped, by reason."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise UserError(
@@ -99,7 +99,7 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Return whether a path is inside a folder after symbolic links are resolved."""
+    """Return whether a path is inside a folder once symbolic links are resolved."""
     try:
         return (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # symbolic links in a circle, a name with a zero byte
@@ -107,7 +107,7 @@ def is_inside(folder: Path, name: str) -> bool:
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Return the rows in the content of a JSON Lines file. `path` is only used in error messages."""
+    """Return the rows in the content of a JSON Lines file. Error messages name `path`."""
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:

@@ -16,14 +16,14 @@ from .manifest import ListedImage
 from .picks import SHARES, Pick, PickLog, rated_pairs
 
 PRIOR = 3.0  # standard deviation of a rating before any comparison, in log odds
-# If two ratings differ by this many standard deviations, the higher-rated image is better with a probability of 0.85.
+# With ratings this many standard deviations apart, the higher-rated image is better with probability 0.85.
 CERTAIN = 1.036
-OFFERED = 16  # largest number of pairs of a prompt that are candidates for the next pair
+OFFERED = 16  # most pairs of a prompt that are candidates for the next one
 
 
 class RankOrder:
-    """Order of pairs for rating the images of each prompt. Pairs with images that have no pick yet come first, then
-    pairs of images with similar ratings."""
+    """Order of pairs for rating the images of each prompt: first those with images that have no pick yet, then those
+    of images with similar ratings."""
 
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
         self._log = log
@@ -43,7 +43,7 @@ class RankOrder:
                 self._rate(prompt, names, picks.get(prompt, []))
 
     def update(self, prompt: str, gone: set[str]) -> None:
-        """Rate the images of a prompt again after a pick, without the deleted images in `gone`."""
+        """Rate the images of a prompt again after a pick, without those in `gone`."""
         names = [name for name in self._names[prompt] if name not in gone]
         self._rate(prompt, names, self._log.picks.values())
 
@@ -60,12 +60,12 @@ class RankOrder:
         self.groups[prompt] = Group(names, compared)
 
     def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
-        """Iterate over the pairs of images to judge next, sorted by how much a pick would tell about the ratings."""
+        """Iterate over the pairs to judge, those first whose pick would tell most about the ratings."""
         offers = heapq.merge(*(group.offers for group in self.groups.values()), key=lambda offer: -offer[0])
         return ((first, second) for _, first, second in offers)
 
     def left(self, gone: set[str]) -> int:
-        """Return the largest number of pairs that may still be shown. A pick often makes other pairs unnecessary."""
+        """Return how many pairs may still be shown, at most. A pick often makes others unnecessary."""
         return sum(group.open for group in self.groups.values())
 
 
@@ -74,8 +74,8 @@ class Group:
 
     Args:
         names (`Iterable[str]`): Names of the images.
-        compared (`Iterable`): Picks as tuples of two names and a number: 1 if the first image won, 0 if the second one
-            won, 0.5 for a tie, and `None` for a skipped pair, which does not affect the ratings.
+        compared (`Iterable`): Picks as tuples of two names and a number: 1 if the first image won, 0 if the second
+            did, 0.5 for a tie, and `None` for a skipped pair, which does not affect the ratings.
     """
 
     def __init__(self, names: Iterable[str], compared: Iterable[tuple[str, str, float | None]] = ()) -> None:
@@ -91,7 +91,7 @@ class Group:
             if share is not None:
                 wins[one, other] += share
                 wins[other, one] += 1 - share
-        # Images that were never compared have the prior's rating, independent of the others.
+        # Images that were never compared keep the prior's rating, independent of the others.
         self.ratings: np.ndarray = np.zeros(count)
         covariance = np.eye(count) * PRIOR**2
         known = np.flatnonzero(wins.sum(0) + wins.sum(1))
@@ -102,8 +102,8 @@ class Group:
         variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
         self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
         chance = 1 / (1 + np.exp(-difference))
-        # Information that a pick of the pair would add, to first order. For images without a pick, a large number is
-        # added, so that their pairs come first.
+        # Information that a pick of the pair would add, to first order, and a large number for images without a pick,
+        # so that they come first.
         gain = chance * (1 - chance) * variance
         unseen = judged.sum(1) == 1
         gain += PRIOR**2 * (unseen[:, None].astype(float) + unseen[None, :])
@@ -116,23 +116,22 @@ class Group:
         ]
 
     def ranking(self) -> list[tuple[str, float, bool]]:
-        """Return the name of each image, its rating and whether its rank is still uncertain, from the best to the
-        worst."""
+        """Return name, rating, and whether the rank is still uncertain, of each image from the best to the worst."""
         order = np.argsort(-self.ratings, kind="stable").tolist()
         doubtful = self.uncertain.sum(1)
         return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
 
 
 def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable ratings of K images, and the covariance of these ratings by Laplace's method.
+    """Return the most probable ratings of K images, and their covariance by Laplace's method.
 
-    In this model, a person prefers image i to image j with the probability `sigmoid(rating[i] - rating[j])`. The prior
-    of each rating is a normal distribution with mean 0.
+    A person prefers image i to image j with probability `sigmoid(rating[i] - rating[j])`. Each rating's prior is a
+    normal distribution with mean 0.
 
     Args:
-        wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is the number of times that image i was preferred to image
-            j. A tie adds one half to `wins[i, j]` and to `wins[j, i]`.
-        prior (`float`): Standard deviation of this normal distribution.
+        wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is how often image i was preferred to image j. A tie adds
+            one half to `wins[i, j]` and to `wins[j, i]`.
+        prior (`float`): Standard deviation of the prior.
 
     Returns:
         `tuple`: Ratings of shape `(K,)`, and their covariance of shape `(K, K)`.
@@ -152,12 +151,10 @@ def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, n
 
 
 class BlindOrder:
-    """Order of pairs for comparing models. A pair has an image of the first model and an image of another model, both
-    with the same prompt and seed. Images of a model with equal prompts and seeds, or without seeds, are numbered in the
-    order of the manifest.
+    """Order of pairs for comparing models. A pair has an image of the first model and one of another, with the same
+    prompt and seed. A model's images with equal prompts and seeds, or without seeds, are numbered as in the manifest.
 
-    Pairs of the first seed come first, in random order, then those of the next seed. The order does not depend on the
-    picks.
+    Pairs of the first seed come first, in random order, then those of the next one. Picks do not change the order.
     """
 
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
@@ -182,24 +179,24 @@ class BlindOrder:
         ]
         random.Random(0).shuffle(pairs)
         self._pairs = [(first, second) for _, first, second in sorted(pairs, key=lambda pair: pair[0])]
-        self.alone = len(images) - len({name for pair in self._pairs for name in pair})  # images that are in no pair
+        self.alone = len(images) - len({name for pair in self._pairs for name in pair})  # images in no pair
 
     def update(self, prompt: str, gone: set[str]) -> None:
-        """Do nothing: the order does not depend on picks."""
+        """Do nothing: picks do not change the order."""
 
     def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
-        """Iterate over the pairs that have no pick yet, without pairs of the deleted images in `gone`."""
+        """Iterate over the pairs without a pick and without images in `gone`."""
         picks = self._log.picks
         return (pair for pair in self._pairs if frozenset(pair) not in picks and not gone.intersection(pair))
 
     def left(self, gone: set[str]) -> int:
-        """Return the number of pairs that are not judged yet."""
+        """Return the number of pairs not judged yet."""
         return sum(1 for _ in self.offers(gone))
 
     def result(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
+        """Return each other model's win rate against the first, as sentences and as rows for JSON."""
         from ...utils.statistics import holm, win_rate
-        from ..evaluation.report import verdict_sentence  # this import takes seconds, so it is not at the top
+        from ..evaluation.report import verdict_sentence  # takes seconds, so it is not at the top
         from ..evaluation.results import Comparison
 
         base, *others = self.models

@@ -1,4 +1,4 @@
-"""Write a manifest for a folder of images that a person has: find prompts and ratings, and leave out duplicates."""
+"""Write a manifest for a folder of your own images: find prompts and ratings, and leave out duplicates."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ COPIED = "images that look like another image of the same prompt (`--keep_duplic
 FORMER_RATING = "ratings of the earlier manifest that are not those of stars or subfolders"
 COARSE = (16, 16)  # sizes of thumbnails
 FINE = (32, 32)
-NEARLY_EQUAL = 8  # largest difference of two equal thumbnails in any pixel and channel, on a scale of 0 to 255
-# Largest relative difference in sharpness of an image and its copy. Saving as JPEG or WebP changes the sharpness by up
-# to a tenth, a blur with a radius of one pixel by a half.
+NEARLY_EQUAL = 8  # largest difference of equal thumbnails in any pixel and channel, on a scale of 0 to 255
+# Largest relative difference in sharpness of an image and its copy. JPEG or WebP changes it by up to a tenth, a blur
+# with a radius of one pixel by a half.
 EQUALLY_SHARP = 0.12
 _COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 
@@ -58,33 +58,32 @@ class _OwnImage:
     fine: Image.Image  # thumbnail of 32 x 32 pixels
     sharpness: float  # root mean square of the differences between neighbouring pixels
     rating: float | None
-    like: int  # 1 in a subfolder of liked images, -1 in a subfolder of disliked images, else 0
+    like: int  # 1 in a subfolder of liked images, -1 in one of disliked images, else 0
     copies: dict[str, str] = field(default_factory=dict)  # names and hashes of its copies, which are not listed
 
 
 class _LeftOutError(Exception):
-    """Error for an image that is left out of the manifest. The message says which images are left out."""
+    """Error for an image to leave out of the manifest. Its message names the kind."""
 
 
 def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool = False) -> list[str]:
     """Write the manifest of a folder of images, and return a report as lines of text.
 
-    The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge, ComfyUI or SwarmUI
-    wrote into the image. An image without either keeps its prompt of an earlier manifest.
+    The prompt of `a.png` comes from the text file `a.txt`, or from metadata of A1111, Forge, ComfyUI or SwarmUI. An
+    image without either keeps its prompt of an earlier manifest.
 
-    An image's rating is the number of stars in its metadata. If no image of a prompt has stars, images in a subfolder
-    `liked` (or another name in `LIKED`) have rating 1, images in a subfolder `disliked` (or another name in `DISLIKED`)
-    have rating -1, and the other images of the prompt have rating 0. If no image of the prompt is in such a subfolder
-    either, the images of the prompt have no rating.
+    An image's rating is the number of stars in its metadata. If no image of a prompt has stars, those in a subfolder
+    `liked` (or another name in `LIKED`) have rating 1, those in `disliked` (or another name in `DISLIKED`) -1, and the
+    prompt's others 0. If no image of the prompt is in such a subfolder either, they have no rating.
 
-    If several images of one prompt look equal, the manifest lists only the largest one, with the highest rating among
-    these images. Columns that you added to an earlier manifest are kept. If the folder has picks, its `pairs.jsonl` is
-    written again: picks find their images by their pixels.
+    Of images of one prompt that look equal, the manifest lists only the largest, with their highest rating. It keeps
+    columns that you added to an earlier one. If the folder has picks, its `pairs.jsonl` is written again: they find
+    their images by the pixels.
 
     Args:
         folder (`Path`): The folder. Images in subfolders are read too.
-        from_names (`bool`): Whether the file name of an image becomes its prompt if no other prompt is found.
-        keep_duplicates (`bool`): Whether images that look equal are all listed.
+        from_names (`bool`): Whether an image's file name becomes its prompt if no other is found.
+        keep_duplicates (`bool`): Whether to list all images that look equal.
 
     Raises:
         `ValueError`: If the folder is missing, is the output folder of `evaluate`, cannot be written to, or has no
@@ -110,7 +109,7 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
         except _LeftOutError as error:
             left_out[str(error)].append(path.relative_to(folder).as_posix())
 
-    # List the images of each prompt with their ratings and what the earlier manifest knew of them.
+    # List each prompt's images with their ratings and what the earlier manifest knew of them.
     listed: list[ListedImage] = []
     several = 0
     present = {image.content for images in by_prompt.values() for image in images}
@@ -154,8 +153,8 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, Path | None, int]]:
-    """Yield each file of a folder that is an image or a caption, with the text file beside it, and 1 or -1 if it is in
-    a subfolder of liked or disliked images."""
+    """Yield each image or caption of a folder, the text file beside it, and 1 or -1 in a subfolder of liked or disliked
+    images."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = {part.lower() for part in Path(parent).relative_to(folder).parts}
@@ -168,27 +167,27 @@ def _files(folder: Path) -> Iterator[tuple[Path, Path | None, int]]:
 
 
 def _facts(image: _OwnImage, earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of an image: those of this command, and those that the user added to its earlier row."""
+    """Return the columns of an image: those of this command, and those that you added to its earlier row."""
     facts = {name: value for name, value in earlier.items() if name not in OWN_COLUMNS}
     if image.rating is not None:
         facts[RATING] = image.rating
     facts[CONTENT] = image.content
     known = earlier.get(COPIES) or {} if earlier.get(CONTENT) in (image.content, *image.copies.values()) else {}
-    if copies := {**known, **image.copies}:  # picks of a copy stay, even if its file was deleted since
+    if copies := {**known, **image.copies}:  # picks of a copy stay, even if its file is gone
         facts[COPIES] = copies
     return facts
 
 
 def _earlier_row(image: _OwnImage, rows: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Return the row that an image or one of its copies had in the earlier manifest, or an empty row."""
+    """Return the row of an image or one of its copies in the earlier manifest, or an empty row."""
     contents = [image.content, *image.copies.values()]
     keys = [(image.content, image.name), *((content, "") for content in contents), ("", image.name)]
     return next((rows[key] for key in keys if key in rows), {})
 
 
 def _by_content_and_name(rows: Iterable[dict[str, Any]], present: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the rows of a manifest by the hash and the name of their image, and by the hash alone. A row whose pixels
-    no file has now is also found by the name alone. `present` has the hashes of all files."""
+    """Return the rows of a manifest by their image's hash and name, and by the hash alone; by the name alone if no
+    file has its pixels now. `present` has the hashes of all files."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         content = str(row.get(CONTENT, ""))
@@ -217,7 +216,7 @@ def _write_pairs_again(folder: Path, listed: list[ListedImage]) -> list[str]:
 def _read(
     folder: Path, path: Path, caption: Path | None, like: int, from_names: bool, earlier: Mapping[str, str]
 ) -> _OwnImage:
-    """Return an image with its prompt and rating. Raise `_LeftOutError` if the manifest must not list the image."""
+    """Return an image with its prompt and rating, or raise `_LeftOutError` if the manifest must not list it."""
     name = path.relative_to(folder).as_posix()
     if is_unread_image(path):
         raise _LeftOutError(f"images {UNREAD_FORMAT}")
@@ -231,7 +230,7 @@ def _read(
             metadata = prompt_in_metadata(opened)
             rating = rating_in_metadata(opened)
         image = ImageReader().decode(path)
-    except Exception:  # Pillow raises errors of many types for damaged files, and one file must not stop the others
+    except Exception:  # Pillow raises many types for damaged files, and one must not stop the others
         raise _LeftOutError("images that cannot be read") from None
     try:
         written = "" if caption is None else read_caption(caption)
@@ -259,11 +258,11 @@ def _read(
 
 
 def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
-    """Return the images of one prompt without copies of a larger image of the prompt, and name these copies.
+    """Return the images of one prompt without copies of a larger one, and name these copies.
 
     Colour thumbnails are compared pixel by pixel. The usual perceptual hashes, such as those of `imagehash`, ignore
-    colour, so they would drop a blue version of a red image. These hashes also average over large areas, so they would
-    drop an image that differs only in a repaired hand.
+    colour and average over large areas: they would drop a blue version of a red image, and one that differs only in a
+    repaired hand.
     """
     distinct: list[_OwnImage] = []
     for image in sorted(images, key=lambda image: (-image.size[0] * image.size[1], image.name)):
@@ -279,8 +278,8 @@ def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
 
 
 def _is_copy(image: _OwnImage, other: _OwnImage) -> bool:
-    """Return whether of two images with equal coarse thumbnails, one is a copy of the other: a resized copy, or one of
-    the same size that differs neither in detail nor in sharpness, which may be what you choose by."""
+    """Return whether one of two images with equal coarse thumbnails is a copy of the other: resized, or of the same
+    size with no difference in detail or sharpness, which may be what you choose by."""
     if image.size != other.size:
         return True
     difference = np.asarray(ImageChops.difference(image.fine, other.fine)).max()

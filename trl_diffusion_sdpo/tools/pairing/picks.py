@@ -1,6 +1,6 @@
-"""Save the picks of a person in a log that survives a crash, and write the pairs that training reads.
+"""Save a person's picks in a log that survives a crash, and write the pairs that training reads.
 
-`picks.jsonl` gets one line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl` is
+`picks.jsonl` gets a line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl` is
 written again after each pick.
 """
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 PICKS_FILE = "picks.jsonl"
 PAIRS_FILE = "pairs.jsonl"
-# Verdict -> points for the first image. The two images of a pair share one point. Skipped pairs give no points.
+# Verdict -> points for the first image, of the one point that both share. Skipped pairs give none.
 SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
 
 
 class ConflictError(UserError):
-    """Raised if a tab of the page repeats a pick or an undo that another tab has already made."""
+    """Raised if a tab repeats a pick or an undo that another tab has already made."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,12 @@ class Pick:
 
 
 class PickLog:
-    """The log of a folder's picks, `picks.jsonl`. The constructor reads the log. `add`, `undo` and `edit_prompt` append
-    a line to the log.
+    """Log of a folder's picks, `picks.jsonl`, read by the constructor. `add`, `undo` and `edit_prompt` append a line.
 
     Args:
         folder (`Path`): The folder.
-        images (`Mapping[str, ListedImage]`, *optional*): The images of the manifest by name. Picks find their images by
-            their pixels, under whatever name the manifest lists them now.
+        images (`Mapping[str, ListedImage]`, *optional*): The images of the manifest by name. Picks find theirs by the
+            pixels, under whatever name the manifest lists them now.
         read_only (`bool`): Whether the log is only read.
     """
 
@@ -62,7 +61,7 @@ class PickLog:
         self, folder: Path, images: Mapping[str, ListedImage] | None = None, *, read_only: bool = False
     ) -> None:
         self.path = folder / PICKS_FILE
-        # Two images -> their pick, from the oldest pick to the newest, without undone picks.
+        # Two images -> their pick, from the oldest to the newest, without undone ones.
         self.picks: dict[frozenset[str], Pick] = {}
         self.left_out: Counter[str] = Counter()  # picks that no longer say anything, by reason
         self._images = images or {}
@@ -73,7 +72,7 @@ class PickLog:
             self._names |= dict.fromkeys([*copies, *copies.values()], image.name)
         self._names |= {image.facts[CONTENT]: name for name, image in self._images.items() if CONTENT in image.facts}
         self._by_number: dict[int, Pick] = {}
-        self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
+        self.prompts: dict[str, str] = {}  # prompt in the manifest -> the one that replaces it
         self._number = 0
         self._file: BinaryIO | None = None
         if not read_only:
@@ -115,11 +114,11 @@ class PickLog:
 
     @property
     def last(self) -> Pick | None:
-        """The last pick that was not undone."""
+        """The last pick not undone."""
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
-        """Append a pick to the log, and wait until it is on the disk. If the disk is full, the log does not change."""
+        """Append a pick, and wait until it is on the disk. If the disk is full, the log does not change."""
         if frozenset((first, second)) in self.picks:
             raise ConflictError("This pair has already been judged, perhaps in another tab.")
         entry: dict[str, Any] = {"pick": self._number + 1, "first": first, "second": second, "verdict": verdict}
@@ -137,7 +136,7 @@ class PickLog:
         return self.picks.pop(last.pair)
 
     def edit_prompt(self, prompt: str, edited: str) -> None:
-        """Replace a prompt of the manifest by an edited prompt. The manifest itself does not change."""
+        """Replace a prompt of the manifest by an edited one. The manifest itself does not change."""
         edited = edited.strip()
         if not 0 < len(edited) <= MAX_PROMPT:
             raise UserError(f"A prompt must have 1 to {MAX_PROMPT} characters, got {len(edited)}. Edit it again.")
@@ -163,8 +162,8 @@ class PickLog:
             self.prompts[entry["prompt"]] = entry["edited"]
 
     def _name_now(self, name: str, content: str | None) -> str:
-        """Return the name under which the manifest lists an image of a pick, or `""` if the file of this name now has
-        other pixels. An image that is not listed any more keeps its name."""
+        """Return the manifest's name for an image of a pick, or `""` if the file of that name now has other pixels. An
+        image that is no longer listed keeps its name."""
         image = self._images.get(name)
         known = [] if image is None else image.contents
         if image is not None and (content is None or not known or content in known):
@@ -190,9 +189,9 @@ class PickLog:
 class PairsFile:
     """The file `pairs.jsonl` of a folder.
 
-    It has one line for each pick that prefers one image. Two images of one prompt with different ratings are also a
-    pair, unless there is a pick for these two images. Other columns of the manifest become columns `chosen_*` and
-    `rejected_*`. Lines are kept in memory, so that writing the file again after a pick is fast.
+    It has a line for each pick that prefers one image, and for each two images of a prompt with different ratings and
+    no pick. Other columns of the manifest become `chosen_*` and `rejected_*`. Lines are kept in memory, so that writing
+    the file again after a pick is fast.
     """
 
     def __init__(self, folder: Path, images: Mapping[str, ListedImage]) -> None:
@@ -202,8 +201,8 @@ class PairsFile:
         self._lines: dict[tuple[str, str, str], bytes] = {}  # chosen image, rejected image and prompt -> line
 
     def write(self, log: PickLog, gone: Collection[str] = ()) -> tuple[int, Counter[str]]:
-        """Write the file. Return the number of pairs, and the numbers of picks that give no pair because of what
-        happened to their images, by reason. `gone` has names of images whose files were deleted."""
+        """Write the file. Return the number of pairs, and how many picks give none because of their images, by reason.
+        `gone` names images whose files were deleted."""
         preferred = [
             (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
             for pick in log.picks.values()
@@ -229,7 +228,7 @@ class PairsFile:
         return len(lines), left_out
 
     def _line(self, chosen: ListedImage, rejected: ListedImage, prompt: str, gone: Collection[str]) -> bytes:
-        """Return the line of a pair, or nothing if the file of one of its images is missing."""
+        """Return the line of a pair, or nothing if one of its files is missing."""
         key = (chosen.name, rejected.name, prompt)
         if chosen.name in gone or rejected.name in gone:
             return b""
@@ -245,7 +244,7 @@ class PairsFile:
 
 
 def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:
-    """Return all pairs of images with the same prompt and different ratings, the image with the higher rating first."""
+    """Return all pairs of images with the same prompt and different ratings, the higher-rated one first."""
     rated: dict[str, list[tuple[float, str]]] = {}
     for image in images.values():
         rating = image.facts.get(RATING)

@@ -1,4 +1,4 @@
-"""Write a folder of pairs with its dataset card, and upload the folder to the Hub."""
+"""Write a folder of pairs with its dataset card, and upload it to the Hub."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CARD_FILE = "README.md"
 _MARK = re.compile(r"\n<!-- generated: ([0-9a-f]{16}) -->\n\Z")  # end of a card, with the hash of the text before it
 IMAGE_COLUMNS = ("chosen", "rejected", "mask")
 _PRIVATE = {"exif", "xmp", "XML:com.adobe.xmp", "photoshop", "comment"}  # Pillow's names of metadata
-_JPEG_METADATA = (0xE1, 0xED, 0xFE)  # markers of the parts of a JPEG file with EXIF and XMP, IPTC, and comments
+_JPEG_METADATA = (0xE1, 0xED, 0xFE)  # markers of EXIF and XMP, IPTC, and comments in a JPEG file
 _JPEG_PIXELS = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
 _JPEG_FILL = b"\xff\xff"
 PICKED = "Pairs of images of equal prompts, of which a person picked the better one."
 
-# Training advice for the cards. Its numbers come from the table of five kinds of pairs in benchmarks/studies/README.md.
+# Training advice for the cards, with numbers from the table of five kinds of pairs in benchmarks/studies/README.md.
 ALIGNED_ADVICE = (
     "The chosen and the rejected image of these pairs share most of their content. Train on them with the default "
     "safeguard, `safeguard: parameter` with `safeguard_mu: 0.8`, and never without one: on a small test model, plain "
@@ -57,14 +57,14 @@ def write_dataset(
     facts: Mapping[str, object],
     advice: str = "",
 ) -> None:
-    """Write `pairs.jsonl` and the dataset card, which the Hub shows as a page. A card that a person edited is kept.
-    `load_dataset` reads from the card's metadata that the pairs are in `pairs.jsonl`."""
+    """Write `pairs.jsonl` and the dataset card, which the Hub shows as a page. A card that you edited is kept. Its
+    metadata tell `load_dataset` that the pairs are in `pairs.jsonl`."""
     write_atomically(folder / PAIRS_FILE, json_lines(rows))
     _write_card(folder, purpose, {"Model": _public_name(model), **facts, "Pairs": len(rows)}, advice)
 
 
 def _write_card(folder: Path, purpose: str, facts: Mapping[str, object], advice: str = "") -> None:
-    """Write the card of a folder, unless the folder has a card that a person has written or edited."""
+    """Write the card of a folder, unless a person has written or edited one."""
     path = folder / CARD_FILE
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
@@ -88,7 +88,7 @@ def _is_generated(card: Path) -> bool:
 
 
 def _public_name(model: Candidate) -> str:
-    """Return a model's Hub id with its commit, or the last part of its path, because a card must not show folders."""
+    """Return a model's Hub id with its commit, or the last part of its path: a card must not show folders."""
     if not isinstance(model.model, str):
         return type(model.model).__name__
     names = [Path(name).name if Path(name).exists() else name for name in (model.model, model.lora) if name]
@@ -97,14 +97,14 @@ def _public_name(model: Candidate) -> str:
 
 
 def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> int:
-    """Upload the pairs of a folder and their images as a data set on the Hub. The folder's card becomes the page of the
-    data set. Metadata that tell of a photograph's place, time or owner (EXIF, XMP, IPTC) are not uploaded.
+    """Upload a folder's pairs and their images as a data set on the Hub, with the folder's card as its page. Metadata
+    that tell of a photograph's place, time or owner (EXIF, XMP, IPTC) are not uploaded.
 
     Args:
-        folder (`str` or `Path`): Output folder of the command `pairs pick` or `pairs generate`.
+        folder (`str` or `Path`): Output folder of `pairs pick` or `pairs generate`.
         repo_id (`str`): Hub id of the new data set, such as `me/my-taste`.
-        private (`bool`, *optional*, defaults to `False`): Whether a data set that this call creates is private.
-        token (`str`, *optional*): Hub token. If unset, the token of `hf auth login` is used.
+        private (`bool`, *optional*, defaults to `False`): Whether the data set is private, if this call creates it.
+        token (`str`, *optional*): Hub token, by default that of `hf auth login`.
 
     Returns:
         `int`: Number of pairs.
@@ -125,7 +125,7 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
         _without_metadata,
         input_columns=columns,
         fn_kwargs={"columns": columns},
-        load_from_cache_file=False,  # the cache of `datasets` would not notice that a file has changed
+        load_from_cache_file=False,  # the cache of `datasets` would not notice a changed file
         desc="Reading images",
     )
     for column in columns:
@@ -145,7 +145,7 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
 
 
 def _without_metadata(*files: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return undecoded images with the contents of their files, without metadata of photographs."""
+    """Return undecoded images with their files' contents, without metadata of photographs."""
     images = {}
     for name, file in zip(columns, files, strict=True):
         content = file["bytes"] or Path(file["path"]).read_bytes()
@@ -160,8 +160,8 @@ def _without_metadata(*files: Mapping[str, Any], columns: Sequence[str]) -> dict
 
 
 def _stripped(content: bytes) -> bytes:
-    """Return an image file without EXIF, XMP and IPTC, but with orientation, colour profile and the same pixels. A file
-    without such metadata is returned unchanged."""
+    """Return an image file without EXIF, XMP and IPTC, but with orientation, colour profile and the same pixels;
+    unchanged if it has no such metadata."""
     with Image.open(io.BytesIO(content), formats=FILE_FORMATS) as image:
         exif = image.getexif()
         if not exif.keys() - {ExifTags.Base.Orientation} and not image.info.keys() & _PRIVATE:
@@ -178,8 +178,8 @@ def _stripped(content: bytes) -> bytes:
 
 
 def _jpeg_without_metadata(content: bytes, exif: bytes) -> bytes:
-    """Return a JPEG file with this EXIF in place of its metadata, and without what some cameras append, such as a video
-    with its place. Its pixels are not encoded anew."""
+    """Return a JPEG file with this EXIF in place of its metadata, without what some cameras append, such as a video
+    with its place, and with the pixels not encoded anew."""
     kept = [content[:2], b"\xff\xe1", (len(exif) + 2).to_bytes(2, "big"), exif]
     start = 2
     while content[start : start + 2] != _JPEG_PIXELS:

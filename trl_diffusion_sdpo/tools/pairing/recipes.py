@@ -1,4 +1,4 @@
-"""Make pairs from good images: each image is chosen, and a model makes the rejected image of its pair."""
+"""Make pairs from good images: each is chosen, and a model makes the rejected one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .publish import ALIGNED_ADVICE, write_dataset
 logger = logging.getLogger(__name__)
 
 Recipe = Literal["spin", "partial", "local"]
-MULTIPLE = 16  # images are cropped so that their sides are multiples of this number, which every supported VAE accepts
+MULTIPLE = 16  # images are cropped to sides that are multiples of this, which every supported VAE accepts
 PURPOSES = {
     "spin": "Each chosen image is paired with an image that the model generated from its prompt (SPIN).",
     "partial": "Each chosen image is paired with a copy that was noised and then denoised by the model. The two images "
@@ -55,26 +55,25 @@ def pairs_from_images(
 ) -> int:
     """Make a rejected image (the loser) for each image of a folder (the winner), and write `pairs.jsonl` for training.
 
-    After an interruption, call the function again with the same arguments to continue. If accelerate launches several
-    processes, the processes share the work.
+    Call it again with the same arguments to continue after an interruption. Processes that accelerate launches share
+    the work.
 
     Args:
         recipe (`str`): `"spin"` (the loser is generated from the prompt alone), `"partial"` (the winner is noised to
-            `strength` and denoised) or `"local"` (the model redraws a random region of the winner, and the mask of this
-            region is saved).
+            `strength` and denoised) or `"local"` (the model redraws a random region of the winner, whose mask is
+            saved).
         model (`Candidate`): The model that makes the losers.
-        images (`str` or `Path`): Folder of good images with a `manifest.jsonl`, which the command
-            `pairs from-images` writes.
+        images (`str` or `Path`): Folder of good images with a `manifest.jsonl`, as `pairs from-images` writes it.
         output_dir (`str` or `Path`): Folder for winners, losers, masks, pairs and a card.
-        settings (`ImageSettings`): Seeds and arguments of the pipeline. Only the first seed is used. If the arguments
-            include `height` and `width`, winners are cropped and resized to this height and width. Otherwise, winners
-            are cropped so that their sides are multiples of 16 pixels.
+        settings (`ImageSettings`): Seeds (only the first is used) and arguments of the pipeline. With `height` and
+            `width` among them, winners are cropped and resized to this size, otherwise only cropped to sides that are
+            multiples of 16 pixels.
         strength (`float`, *optional*, defaults to `0.6`): Noise level to which `"partial"` and `"local"` noise an image
             before they denoise it, in `(0, 1]`.
 
     Returns:
-        `int`: Number of pairs. Images that cannot be read or have a side below 16 pixels are left out, and the card
-            gives their number.
+        `int`: Number of pairs. Images that cannot be read or have a side below 16 pixels are left out; the card says
+            how many.
 
     Raises:
         `ValueError`: If a value is out of range, the folder has no images with prompts, or diffusers has no
@@ -138,11 +137,11 @@ class _Losers:
         return self.folder / "images" / kind / f"{index:05d}.png"
 
     def made(self) -> list[int]:
-        """Return the indices of the images whose loser has been made."""
+        """Return the indices of the images that have a loser."""
         return [index for index in range(len(self.listed)) if self.file("rejected", index).is_file()]
 
     def make(self, indices: Sequence[int], call_kwargs: dict[str, Any], size: tuple[int | None, int | None]) -> None:
-        """Make the losers of these images. Images that cannot be used are left out."""
+        """Make the losers of these images, leaving out images that cannot be used."""
         family = load_candidate(self.model, self.settings)
         pipeline = quiet_copy(_drawing_pipeline(self.recipe, family.pipeline))
         accepted = inspect.signature(pipeline.__call__).parameters
@@ -172,7 +171,7 @@ class _Losers:
             generator = self.settings.generator(f"{index}\n{prompt}", seed)
             loser = draw_images(pipeline, prompt, generator, **inputs, **options)[0].resize(winner.size)
             made["rejected"] = Image.composite(loser, winner, made["mask"]) if self.recipe == "local" else loser
-            for kind, image in made.items():  # the loser is last, so if its file exists, the others exist too
+            for kind, image in made.items():  # the loser is last: if its file exists, so do the others
                 write_atomically(self.file(kind, index), png_bytes(image, prompt, seed))
 
     def write(self, pairs: Sequence[int]) -> None:
@@ -197,7 +196,7 @@ class _Losers:
 
 
 def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Return the pipeline with which a recipe makes losers: text-to-image, image-to-image or inpainting."""
+    """Return the pipeline that makes a recipe's losers: text-to-image, image-to-image or inpainting."""
     if recipe == "spin":
         return pipeline
     kind: Any = AutoPipelineForImage2Image if recipe == "partial" else AutoPipelineForInpainting
@@ -211,9 +210,8 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
 
 
 def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
-    """Return the image in a file, cropped and resized to `size` (width, height). If a side in `size` is `None`, this
-    side is cropped to a multiple of 16 pixels. If the image cannot be used or is too small, log why and return
-    `None`."""
+    """Return the image in a file, cropped and resized to `size` (width, height), or cropped to a multiple of 16 pixels
+    where that is `None`. If the image is unusable or too small, log why and return `None`."""
     try:
         image = ImageReader().decode(path)
     except UndecodableImageError as error:

@@ -1,4 +1,4 @@
-"""Score the images of given pairs, and write the pairs with their scores and these scores' scale."""
+"""Score the images of given pairs, and write the pairs with their scores and the scores' scale."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .publish import CARD_FILE
 SCORED_FILE = "pairs.parquet"
 SUMMARY_FILE = "scores.json"
 SCORES_FOLDER = "scores"
-_AT_ONCE = 16  # images that are scored before their scores are saved
+_AT_ONCE = 16  # images to score before saving their scores
 _ROWS_AT_ONCE = 100  # rows of a row group of the parquet file
 _SCALE = {"scorer": datasets.Value("string")} | {
     name: datasets.Value("float64") for name in ("low", "high", "lowest", "highest", "log_odds")
@@ -73,8 +73,8 @@ def score_pairs(
         dataset (`datasets.Dataset` or `list[dict]`): Pairs in any format that training reads. See [`load_pairs`].
         scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
         output_dir (`str` or `Path`): A new folder, or one that it has written before.
-        dataset_format (`str`, *optional*): Format of the columns. By default, the columns determine the format.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers that are on the CPU.
+        dataset_format (`str`, *optional*): Format of the columns. By default, they determine it.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers on the CPU.
 
     Returns:
         `list[str]`: Lines of a report: which pairs were left out and why, and how often each scorer prefers the chosen
@@ -172,8 +172,8 @@ class _SavedScores:
         self.scores = {str(row.get("image")): float(row.get("score", np.nan)) for row in rows}
 
     def add(self, keys: Sequence[str], images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-        """Score the images that have no score yet, and save their scores. A missing score (NaN) is not saved, so that
-        the next call asks again."""
+        """Score the images without a score, and save their scores. NaN is not saved, so that the next call asks
+        again."""
         new = {key: number for number, key in enumerate(keys) if key not in self.scores}
         if not new:
             return
@@ -187,8 +187,8 @@ class _SavedScores:
 def _score_images(
     source: PairSource, images: Sequence[tuple[int, int]], reader: ImageReader, saved: Sequence[_SavedScores]
 ) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int], str]]:
-    """Score images, and return a hash of pixels and prompt for each readable image, and a reason for each other
-    image. An image is identified by its row and its number within the row."""
+    """Score images. Return a hash of pixels and prompt for each readable one, and a reason for each other one. A row
+    and a number within it identify an image."""
     keys = {}
     unreadable = {}
     with ThreadPoolExecutor(usable_cores()) as pool, tqdm(total=len(images), desc="Scoring images") as progress:
@@ -237,7 +237,7 @@ def _columns(source: PairSource) -> tuple[PreferenceFormat, tuple[str, ...], tup
     masks = tuple(f"{side}_mask" for side in SIDES) if len(row_format.mask_columns) == 2 else ()
     read = {*row_format.image_columns, *row_format.prompt_columns, *(row_format.mask_columns if masks else ())}
     written = {*prompts, *SIDES, *masks, *(f"{side}_score" for side in SIDES), *SCORER_COLUMNS, SCALE_COLUMN}
-    # The two images of a group are in two rows, whose other columns would not fit into one row.
+    # A group's two images are in two rows, whose other columns would not fit into one.
     is_copied = row_format.group_column is None
     return row_format, prompts, masks, [name for name in rows.column_names if is_copied and name not in read | written]
 
@@ -277,7 +277,7 @@ def _rows(
 
 
 def _lasting(image: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored image whose path, if it has one, holds in every working directory."""
+    """Return a stored image whose path, if any, holds in every working directory."""
     path = image["path"]
     is_file = image["bytes"] is None and path is not None and "://" not in path
     return {**image, "path": os.path.abspath(path)} if is_file else image

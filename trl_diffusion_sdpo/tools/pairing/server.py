@@ -1,7 +1,7 @@
-"""Serve the pick page on this machine: one HTML page, the images of the manifest, and a JSON interface.
+"""Serve the pick page: one HTML page, the images of the manifest, and a JSON interface.
 
-The header `Host` of a request must name this server, as a defence against DNS rebinding by other sites. The path of a
-request must contain the secret token. The header `Origin` of a POST request must be the address of the page.
+A request's `Host` header must name this server, as a defence against DNS rebinding by other sites, and its path must
+contain the secret token. A POST request's `Origin` header must be the address of the page.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .session import PickSession
 
 LOCAL_HOST = "127.0.0.1"
 USUAL_PORT = 8765
-MAX_BODY = 200_000  # largest body of a request in bytes; a prompt has at most 20,000 characters
+MAX_BODY = 200_000  # bytes of a request's body; a prompt has at most 20,000 characters
 PAGE = Path(__file__).parent / "page.html"
-# Image formats that browsers show as training reads them, if the pixels are RGB. Other images are converted to PNG.
+# Formats that browsers show as training reads them, if the pixels are RGB. Other images are converted to PNG.
 TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
@@ -40,8 +40,8 @@ POLICY = (
 
 
 class PickServer(ThreadingHTTPServer):
-    """Server of a pick page. If `port` is unset, the server uses port 8765, or a free port if 8765 is in use. With any
-    host but `127.0.0.1`, other machines in the network can open the page.
+    """Server of a pick page, by default on port 8765, or a free one if that is in use. With any host but `127.0.0.1`,
+    other machines in the network can open the page.
     """
 
     daemon_threads = True
@@ -74,8 +74,8 @@ class PickServer(ThreadingHTTPServer):
     def is_own_name(self, name: str) -> bool:
         """Return whether a request's `Host` header names this server.
 
-        If the server listens at `0.0.0.0`, any IP address is accepted, because DNS rebinding needs a host name. Any
-        port is accepted, because an SSH tunnel may use another port than the server.
+        At `0.0.0.0`, any IP address is accepted, because DNS rebinding needs a host name. So is any port, because an
+        SSH tunnel may use another one.
         """
         try:
             host = urlsplit(f"//{name}").hostname or ""
@@ -152,7 +152,7 @@ class PickHandler(BaseHTTPRequestHandler):
         return actions[action]()
 
     def _allowed_path(self) -> str | None:
-        """Return the part of the path after the token. If the request is not allowed, refuse it and return `None`."""
+        """Return the part of the path after the token, or refuse the request and return `None`."""
         if not self.server.is_own_name(self.headers.get("Host", "")):
             self._refuse(
                 HTTPStatus.MISDIRECTED_REQUEST,
@@ -205,7 +205,7 @@ class PickHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *ignored: Any) -> None:
-        """Write no log, because the paths of requests contain the token."""
+        """Write no log: the paths of requests contain the token."""
 
 
 def _type_as_it_is(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Hold the state of a pick page: which pair each browser tab shows, the picks, and the progress."""
+"""State of a pick page: which pair each browser tab shows, the picks, and the progress."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LOCK_FILE = ".picks.lock"
 
 
 class PickSession:
-    """State of the running command `pairs pick` on a folder with `manifest.jsonl`. All browser tabs share the session.
+    """State of a running `pairs pick` on a folder with `manifest.jsonl`, shared by all browser tabs.
 
-    If the column `model` of the manifest names several models, the page compares these models without showing their
-    names. Otherwise, picks rate the images of each prompt. The page refers to images by
-    random codes, so that file names do not reveal the model.
+    If the column `model` of the manifest names several models, the page compares them without showing their names.
+    Otherwise, picks rate the images of each prompt. The page names images by random codes, as file names would reveal
+    the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,11 +50,11 @@ class PickSession:
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
         if isinstance(self.order, BlindOrder) and self.order.alone:
             self.left_out["without an image of the same prompt and seed to compare"] = self.order.alone
-        self.gone: set[str] = set()  # names of images whose files were deleted while the page was open
+        self.gone: set[str] = set()  # images whose files were deleted while the page was open
         self.pairs = 0  # number of pairs in `pairs.jsonl`
-        self.unused: Counter[str] = Counter()  # picks that give no pair because of their images, by reason
+        self.unused: Counter[str] = Counter()  # picks without a pair because of their images, by reason
         self.problem = ""  # error message if `pairs.jsonl` could not be written
-        self._shown: dict[str, frozenset[str]] = {}  # tab -> the pair that it shows
+        self._shown: dict[str, frozenset[str]] = {}  # tab -> its pair
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
         self._code_of = {name: code for code, name in self.codes.items()}
         if next(iter(self.order.offers(self.gone)), None) is None and not self.log.picks:
@@ -64,7 +64,7 @@ class PickSession:
                 f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
                 f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
-        # Pairs that `pairs generate` wrote are replaced only after the first pick. Its manifests have no ratings.
+        # Pairs of `pairs generate`, whose manifests have no ratings, are replaced only after the first pick.
         if self.log.picks or self._file.rated or not (folder / PAIRS_FILE).is_file():
             self._write_pairs()
 
@@ -74,7 +74,7 @@ class PickSession:
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows this pair next."""
+        """Return the pair that a tab shows next (`wanted`, if set), and the progress."""
         with self._lock:
             last = self.log.last
             return {
@@ -103,20 +103,20 @@ class PickSession:
             return self._changed(tab, names[0])
 
     def undo(self, tab: str, number: int) -> dict[str, Any]:
-        """Undo the last pick, and return the new state, in which the tab shows the pair of this pick again."""
+        """Undo the last pick, and return the new state, in which the tab shows its pair again."""
         with self._lock:
             pick = self.log.undo(number)
             return self._changed(tab, pick.first, pick.pair)
 
     def edit_prompt(self, tab: str, code: str, prompt: str) -> dict[str, Any]:
-        """Replace the prompt of an image, and of all other images with this prompt, and return the new state."""
+        """Replace the prompt of an image, and of all others with this prompt, and return the new state."""
         with self._lock:
             name = self.codes[code]
             self.log.edit_prompt(self.images[name].prompt, prompt)
             return self._changed(tab, name, self._shown.get(tab))
 
     def ranking(self) -> list[dict[str, Any]]:
-        """Return the images of each prompt, from the best to the worst, with their ratings."""
+        """Return the images of each prompt with their ratings, from the best to the worst."""
         if not isinstance(self.order, RankOrder):
             return []
         with self._lock:
@@ -132,7 +132,7 @@ class PickSession:
             ]
 
     def result(self) -> list[str]:
-        """Return the win rates of a blind comparison as sentences, and write the numbers to `human.json`."""
+        """Return the win rates of a blind comparison as sentences, and write them to `human.json`."""
         if not isinstance(self.order, BlindOrder):
             return []
         with self._lock:
@@ -141,12 +141,13 @@ class PickSession:
             return sentences
 
     def file(self, name: str) -> Path | None:
-        """Return the path of an image, or `None` if its file is missing or a symbolic link to outside of the folder."""
+        """Return the path of an image, or `None` if its file is missing or links to outside of the folder."""
         path = self.folder / name
         return path if path.is_file() and is_inside(self.folder, name) else None
 
     def _changed(self, tab: str, name: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Update ratings and pairs after a pick, an undo or a changed prompt of an image, and return the new state."""
+        """Return the new state, after updating ratings and pairs for a pick, an undo or a changed prompt of an
+        image."""
         if name in self.images:  # the manifest may no longer list the images of an undone pick
             self.order.update(self.images[name].prompt, self.gone)
         self._write_pairs()
@@ -170,8 +171,7 @@ class PickSession:
         return best
 
     def _next(self, tab: str, wanted: frozenset[str] | None) -> dict[str, Any] | None:
-        """Return the pair that a tab shows next: the wanted pair, or else a pair that no other tab shows, or else any
-        pair."""
+        """Return the pair that a tab shows next: the wanted one, or else one that no other tab shows, or else any."""
         self._shown.pop(tab, None)
         while True:
             pair = tuple(wanted) if wanted else self._offered()
@@ -185,7 +185,7 @@ class PickSession:
             for name in missing & self.images.keys():
                 self.order.update(self.images[name].prompt, self.gone)
         self._shown[tab] = frozenset(pair)
-        # The order of the two images is random, because people may prefer one side.
+        # In random order, because people may prefer one side.
         left, right = pair if secrets.randbelow(2) else pair[::-1]
         prompt = self.images[left].prompt
         return {

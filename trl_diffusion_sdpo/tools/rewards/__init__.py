@@ -1,4 +1,4 @@
-"""Scorers: models and functions that rate how good images are for their prompts."""
+"""Scorers: models and functions that rate images for their prompts."""
 
 from .scorer import BatchedScorer, FunctionScorer, Scorer, load_scorer, register_scorer, scorer_names
 

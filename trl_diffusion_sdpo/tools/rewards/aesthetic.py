@@ -13,15 +13,15 @@ HIDDEN = (1024, 128, 64, 16)  # widths of the hidden layers
 
 
 class AestheticScorer(BatchedScorer):
-    """Score how pleasing images look, without regard to their prompts. Usual scores are 4 to 7.
+    """Score how pleasing images look, whatever their prompts. Usual scores are 4 to 7.
 
-    A stack of linear layers computes the score from the CLIP embedding of an image.
+    A stack of linear layers computes the score from an image's CLIP embedding.
 
     Args:
         model (`str`): Hub id or folder of the CLIP model with its image processor.
         head (`str`): Hub id or folder of the linear layers. The default is a copy of the published file
             `sac+logos+ava1-l14-linearMSE.pth`.
-        file (`str`): Name of the file with the weights of `head`. The file is read with `weights_only=True`.
+        file (`str`): Name of the file with the weights of `head`, read with `weights_only=True`.
         revision, head_revision (`str`, *optional*): Hub revisions of `model` and `head`.
         device, batch_size: See [`BatchedScorer`].
 
@@ -53,10 +53,10 @@ class AestheticScorer(BatchedScorer):
 
 def linear_head(width: int) -> nn.ModuleDict:
     """Return a stack of linear layers without activations, which computes one score from `width` features. ImageReward
-    uses the same layers.
+    uses the same.
 
-    In the published files, the linear layers are named `layers.{0,2,4,6,7}`, because dropout layers have numbers too.
-    Here, identity layers replace the dropout layers, so that the names match.
+    The published files name the layers `layers.{0,2,4,6,7}`, counting dropout layers. Identity layers stand in for
+    those, so that the names match.
     """
     sizes = (width, *HIDDEN, 1)
     layers = nn.Sequential()

@@ -24,7 +24,7 @@ _QUOTES = str.maketrans(
 
 
 class CLIPScorer(BatchedScorer):
-    """Score an image by the cosine similarity of the image's and the prompt's CLIP embeddings, times a scale.
+    """Score an image by the cosine similarity of its and the prompt's CLIP embeddings, times a scale.
 
     Args:
         name (`str`): Name of the scorer in tables and files.
@@ -32,15 +32,14 @@ class CLIPScorer(BatchedScorer):
         processor (`str`, *optional*): Hub id or folder of the tokenizer and the image processor. If unset, `model`.
         revision (`str`, *optional*): Revision of `model` on the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
-        scale (`float`, *optional*): Factor of the cosine similarity. If `None`, the model's `exp(logit_scale)` is used.
+        scale (`float`, *optional*): Factor of the cosine similarity, by default the model's `exp(logit_scale)`.
         clamp (`bool`, *optional*, defaults to `False`): Whether negative scores are set to 0.
-        prefix (`str`, *optional*, defaults to `""`): Text that is put before each prompt.
-        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` scales the shorter side of an
-            image to the model's input size and crops the centre. `"pad"` scales the longer side to the input size and
-            fills the rest of the square with black, like the package `hpsv2`. For square images, the two methods give
-            nearly equal scores.
-        clean_text (`bool`, *optional*, defaults to `False`): Whether HTML entities and curly quotes in prompts are
-            replaced, as open_clip does.
+        prefix (`str`, *optional*, defaults to `""`): Text before each prompt.
+        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` scales an image's shorter side to
+            the model's input size and crops the centre. `"pad"` scales the longer side and fills the rest of the square
+            with black, like the package `hpsv2`. Square images score nearly the same either way.
+        clean_text (`bool`, *optional*, defaults to `False`): Whether to replace HTML entities and curly quotes in
+            prompts, as open_clip does.
         settings: `device` and `batch_size`. See [`BatchedScorer`].
     """
 
@@ -115,7 +114,7 @@ class CLIPScorer(BatchedScorer):
 
 
 def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """Return an image as the model's input `(3, size, size)`: resized to fit into a square, padded with black, and
+    """Return an image as the model's input `(3, size, size)`: fitted into a square, padded with black, and
     normalised."""
     size = image_processor.crop_size["height"]
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -136,8 +135,8 @@ def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) ->
 def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, **settings: Any) -> CLIPScorer:
     """Return the scorer PickScore: the cosine similarity times `exp(logit_scale)`. Usual scores are 19 to 23.
 
-    Arguments are those of [`CLIPScorer`]. PickScore was trained on the data set Pick-a-Pic, like most
-    preference-tuned models. It may therefore favour these models, so use a second scorer too.
+    Arguments are those of [`CLIPScorer`]. Use a second scorer too: like most preference-tuned models, PickScore was
+    trained on the data set Pick-a-Pic, so it may favour them.
 
     Source: https://huggingface.co/papers/2305.01569.
     """
@@ -151,8 +150,8 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
 
 
 def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
-    """Return a scorer whose score is the cosine similarity of the image's and the prompt's CLIP embeddings. Arguments
-    are those of [`CLIPScorer`].
+    """Return a scorer by the cosine similarity of the image's and the prompt's CLIP embeddings. Arguments are those of
+    [`CLIPScorer`].
 
     The Diffusion-SDPO authors use the default model, ViT-H/14.
     """
@@ -176,7 +175,7 @@ def hpsv2(
     name: str = "hpsv2",
     **settings: Any,
 ) -> CLIPScorer:
-    """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 that was tuned on human votes. Usual scores are
+    """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 tuned on human votes. Usual scores are
     0.25 to 0.33.
 
     Arguments are those of [`hpsv21`].
@@ -196,12 +195,11 @@ def hpsv21(
     clean_text: bool = True,
     **settings: Any,
 ) -> CLIPScorer:
-    """Return the scorer HPSv2.1. Papers since 2025 call HPSv2.1 "HPS" or "HPSv2", and often print the scores times 100.
+    """Return the scorer HPSv2.1. Papers since 2025 call it "HPS" or "HPSv2", and often print its scores times 100.
 
     Args:
         model (`str`): Hub id or folder of the weights.
-        file (`str`): Name of the file with the weights in open_clip's format. The file is read with
-            `weights_only=True`.
+        file (`str`): Name of the file with the weights in open_clip's format, read with `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
         name, revision, clean_text, settings: See [`CLIPScorer`]. The package `hpsv2` scores with autocast and
             `preprocess="pad"`. The Diffusion-SDPO authors use `preprocess="crop"`, the default.

@@ -1,5 +1,5 @@
-"""Score images with HPSv3: Qwen2-VL-7B with a head that predicts the mean and the spread of human votes. HPSv3 needs a
-GPU with 24 GB."""
+"""Score images with HPSv3: Qwen2-VL-7B with a head that predicts mean and spread of human votes. Needs a GPU with
+24 GB."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from .scorer import BatchedScorer, hub_file
 
 REWARD_TOKEN = "<|Reward|>"
 IMAGE_TOKEN = "<|image_pad|>"
-PIXELS = 256 * 28 * 28  # images are resized to about this many pixels
+PIXELS = 256 * 28 * 28  # images are resized to about this many
 
 
 class HPSv3Scorer(BatchedScorer):
-    """Score images by the mean of human votes that HPSv3 predicts. The predicted spread is not used.
+    """Score images by the mean of human votes that HPSv3 predicts, without the predicted spread.
 
-    The head computes the score from the hidden state of the token `<|Reward|>`. Images are scored one at a time, so
-    that no prompt is padded and scores do not depend on a batch.
+    The head computes it from the hidden state of the token `<|Reward|>`. Images are scored one at a time, so that no
+    prompt is padded and scores do not depend on a batch.
 
     Args:
-        instruction (`str`): The authors' instruction to the model, which follows the image in the model's input. The
-            prompt replaces `{text_prompt}` in the instruction. Copy `INSTRUCTION` and `prompt_with_special_token`
-            from `hpsv3/dataset/data_collator_qwen.py` in the authors' repository, and concatenate the two. Any other
-            text changes the scores.
+        instruction (`str`): The authors' instruction to the model, which follows the image, with `{text_prompt}` for
+            the prompt. Concatenate `INSTRUCTION` and `prompt_with_special_token` from
+            `hpsv3/dataset/data_collator_qwen.py` in the authors' repository. Any other text changes the scores.
         model (`str`): Hub id or folder of the weights, 16 GB.
         file (`str`): File name of the weights.
         base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
@@ -77,7 +76,7 @@ class HPSv3Scorer(BatchedScorer):
         question = {"type": "text", "text": self.instruction.replace("{text_prompt}", prompts[0])}
         chat = [{"role": "user", "content": [{"type": "image"}, question]}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # The model merges groups of image patches, and expects one image token for each group.
+        # The model merges groups of image patches, and expects one image token for each.
         patches = int(pixels.image_grid_thw.prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches), return_tensors="pt").to(self.device)
         image_tokens = tokens.input_ids == self.model.config.image_token_id
@@ -94,10 +93,9 @@ class HPSv3Scorer(BatchedScorer):
 
 
 def reward_head(width: int) -> nn.Sequential:
-    """Return the layers that compute mean and spread from the hidden state of the token `<|Reward|>`.
+    """Return the layers from the hidden state of the token `<|Reward|>` to mean and spread.
 
-    An identity layer replaces the dropout layer of the original, so that the layers have the numbers that they have in
-    the published file.
+    An identity layer stands in for the original's dropout layer, so that the layers have their published numbers.
     """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
@@ -107,8 +105,8 @@ def reward_head(width: int) -> nn.Sequential:
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Split the published weights into those of `Qwen2VLModel` and those of the head, the latter in float32.
 
-    The names of weights may begin as in transformers before 4.52 (`visual.`, `model.layers.`) or as in later versions
-    (`model.visual.`, `model.language_model.`).
+    Weights may be named as in transformers before 4.52 (`visual.`, `model.layers.`) or later (`model.visual.`,
+    `model.language_model.`).
     """
     network = {}
     head = {}

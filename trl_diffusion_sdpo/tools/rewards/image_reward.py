@@ -1,4 +1,4 @@
-"""Score images with ImageReward 1.0: BLIP with a head that was trained on images ranked by people."""
+"""Score images with ImageReward 1.0: BLIP with a head trained on images that people ranked."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .aesthetic import linear_head
 from .open_clip_keys import rename
 from .scorer import BatchedScorer, hub_file
 
-# Mean and standard deviation of the head's output on the authors' data. Scores are normalised with these two numbers.
+# Mean and standard deviation of the head's output on the authors' data, which normalise scores.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 MAX_TOKENS = 35
 
-# Pattern in the name of a weight of BLIP's original image encoder -> its replacement in the name in `BlipVisionModel`.
+# Pattern in a weight's name in BLIP's original image encoder -> its replacement for `BlipVisionModel`.
 _VISION_NAMES = {
     r"^cls_token$": "embeddings.class_embedding",
     r"^pos_embed$": "embeddings.position_embedding",
@@ -45,12 +45,11 @@ class ImageRewardScorer(BatchedScorer):
     """Score how well images fit their prompts by ImageReward 1.0. On the authors' data, scores have mean 0 and standard
     deviation 1.
 
-    `text` encodes the prompt, with cross-attention to the features that `vision` computes from the image. `head`
-    computes the score from the encoding's first token.
+    `text` encodes the prompt, with cross-attention to the image features of `vision`, and `head` computes the score
+    from the encoding's first token.
 
     Args:
-        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
-            `weights_only=True`.
+        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`, read with `weights_only=True`.
         tokenizer (`str`): Hub id or folder of BERT's tokenizer.
         revision (`str`, *optional*): Revision of the model on the Hub.
         settings: `device` and `batch_size`. See [`BatchedScorer`].
@@ -91,8 +90,8 @@ class ImageRewardScorer(BatchedScorer):
             attention_mask=tokens.attention_mask,
             encoder_hidden_states=image,
             encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=self.device),
-            # `is_decoder` is `True` in the configuration, because only decoders have cross-attention. Here it is
-            # `False`, so that every token attends to the whole prompt.
+            # It is `True` in the configuration, because only decoders have cross-attention. `False` lets every token
+            # attend to the whole prompt.
             is_decoder=False,
         ).last_hidden_state
         raw = self.head["layers"](text[:, 0])[:, 0]
@@ -113,7 +112,7 @@ def published_vision() -> BlipVisionConfig:
 
 
 def text_config(med_config: Mapping[str, Any]) -> BlipTextConfig:
-    """Return the configuration of the text encoder, built from the published `med_config.json`."""
+    """Return the configuration of the text encoder, from the published `med_config.json`."""
     return BlipTextConfig(
         **{name: value for name, value in med_config.items() if name not in ("architectures", "model_type")},
         encoder_hidden_size=med_config["encoder_width"],

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-# Pattern in an open_clip name -> its replacement in the name that `CLIPModel` uses.
+# Pattern in an open_clip name -> its replacement for `CLIPModel`.
 _NAMES = {
     r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
     r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
@@ -28,9 +28,9 @@ _NAMES = {
 
 
 def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return open_clip's weights under the names that `CLIPModel` uses.
+    """Return open_clip's weights under the names of `CLIPModel`.
 
-    Unknown names are not changed, so that `load_state_dict` raises an error that lists these names.
+    Unknown names stay, so that `load_state_dict` raises an error that lists them.
     """
     renamed = {}
     for name, weight in weights.items():
@@ -41,7 +41,7 @@ def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         if ".attn.in_proj_" not in name:
             renamed[name] = weight.contiguous()
             continue
-        # open_clip has one matrix for queries, keys and values. Split (3D, D) into three matrices (D, D).
+        # Split open_clip's one matrix (3D, D) for queries, keys and values into three (D, D).
         block, _, kind = name.partition(".attn.in_proj_")
         for letter, third in zip("qkv", weight.chunk(3), strict=True):
             renamed[f"{block}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
@@ -49,7 +49,7 @@ def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def rename(name: str, patterns: Mapping[str, str]) -> str:
-    """Return a name after replacing the matches of each regular expression. `patterns` maps the expressions to their
+    """Return a name after replacing matches of each regular expression in `patterns`, which maps them to their
     replacements."""
     for pattern, target in patterns.items():
         name = re.sub(pattern, target, name)

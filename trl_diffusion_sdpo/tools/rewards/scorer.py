@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
-    """A callable that scores images for their prompts. Higher is better.
+    """Callable that scores images for their prompts; higher is better.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): N images.
@@ -59,10 +59,10 @@ class Scorer(Protocol):
 
 
 class KnownScorer:
-    """Base class of this package's scorers. They may know the scale of their scores.
+    """Base class of this package's scorers, which may know the scale of their scores.
 
     Attributes:
-        score_scale (`ScoreScale`): What the scores mean, as far as it is known. A subclass or an instance may set it.
+        score_scale (`ScoreScale`): What the scores mean, as far as known. A subclass or an instance may set it.
     """
 
     name: str
@@ -88,11 +88,11 @@ class BatchedScorer(KnownScorer, ABC):
     Args:
         name (`str`): Name in tables and files. Scorers with different scores need different names.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the scorer's model.
-        batch_size (`int`, *optional*, defaults to `16`): Number of images per batch.
+        batch_size (`int`, *optional*, defaults to `16`): Images per batch.
 
     Raises:
-        `ValueError`: If `batch_size` is below 1. Calling the scorer raises `ValueError` if the numbers of images and
-            prompts differ, or if a score is not finite.
+        `ValueError`: If `batch_size` is below 1, or when the scorer is called, if the numbers of images and prompts
+            differ or a score is not finite.
     """
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
@@ -104,7 +104,7 @@ class BatchedScorer(KnownScorer, ABC):
 
     @abstractmethod
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        """Return the scores `(N,)` of one batch of N RGB images, where N is at most `batch_size`."""
+        """Return the scores `(N,)` of a batch of N RGB images, at most `batch_size`."""
 
     def to(self, device: str | torch.device) -> None:
         """Move the scorer's networks to a device."""
@@ -132,7 +132,7 @@ class FunctionScorer(KnownScorer):
     """A scorer from a function that takes a list of N images and one of N prompts and returns N numbers.
 
     Raises:
-        `ValueError`: When the scorer is called, if the function does not return one finite score per image.
+        `ValueError`: When it is called, if the function does not return one finite score per image.
     """
 
     def __init__(self, name: str, function: Callable[[list[Image.Image], list[str]], Any]):
@@ -145,10 +145,9 @@ class FunctionScorer(KnownScorer):
 
 @contextlib.contextmanager
 def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
-    """Move a scorer from the CPU to a device within the context, so that it takes the device's memory only while it
-    scores.
+    """Move a scorer from the CPU to a device within the context, so that it takes memory there only while it scores.
 
-    A scorer that is not on the CPU or is not a [`BatchedScorer`] is not moved.
+    A scorer that is not on the CPU or is not a [`BatchedScorer`] stays where it is.
 
     Raises:
         `ValueError`: If torch cannot use the device on this machine.
@@ -178,10 +177,10 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
-    """Validate the output of a scorer, and return it as a float32 tensor `(N,)` on the CPU.
+    """Validate a scorer's output, and return it as a float32 tensor `(N,)` on the CPU.
 
     Raises:
-        `ValueError`: If the scores are not N numbers, or a score is not finite.
+        `ValueError`: If they are not N finite numbers.
     """
     try:
         scores = torch.as_tensor(scores).detach().to("cpu", torch.float32)
@@ -204,7 +203,7 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
 
 # Settings that do not change scores.
 _SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")
-_UNNAMED = (*_SPEED, "url", "name")  # settings that names of scorers do not contain
+_UNNAMED = (*_SPEED, "url", "name")  # settings left out of scorers' names
 _SOURCES = ("model", "processor", "head", "tokenizer", "base")  # settings that name folders or Hub ids
 _LONGEST_WORD = 40  # characters of a value in a scorer's name
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -222,7 +221,7 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 
-# Name of a scorer -> function or class that builds the scorer, or "module:function", imported on first use.
+# Name of a scorer -> function or class that builds it, or "module:function", imported on first use.
 _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "pickscore": "clip:pickscore",
     "clip_score": "clip:clip_score",
@@ -239,7 +238,7 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
 
 
 def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
-    """Return a decorator that registers a function or class under a name, for [`load_scorer`] to build a scorer with.
+    """Return a decorator that registers a function or class from which [`load_scorer`] builds a scorer of this name.
 
     Raises:
         `ValueError`: If the name is already registered or contains a colon.
@@ -337,7 +336,7 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
 
 
 def _variant(name: str, settings: Mapping[str, Any]) -> str:
-    """Return a suffix for a scorer's name, such as `(revision=v2)`, which lists the settings that change scores."""
+    """Return a suffix for a scorer's name, such as `(revision=v2)`, with the settings that change scores."""
     words = []
     for key, value in settings.items():
         if key in _UNNAMED or names_secret(key):
@@ -366,25 +365,25 @@ _LOADED = "_loaded"  # attribute of a scorer with what `load_scorer` knows of it
 
 def describe_scorer(scorer: Scorer) -> dict[str, Any]:
     """Return what a scorer's scores depend on, as JSON: name, code, and the settings and weights that [`load_scorer`]
-    used. Saved scores are only used again by a scorer with the same description.
+    used. Only a scorer with the same description uses saved scores again.
 
-    A scorer that [`load_scorer`] did not load shows its settings only by its name.
+    Of a scorer that [`load_scorer`] did not load, only the name shows its settings.
     """
     made_by = scorer.function if isinstance(scorer, FunctionScorer) else type(scorer)
     return plain({"name": scorer.name, "code": _code(made_by), **vars(scorer).get(_LOADED, {})})
 
 
 def scale_of(scorer: Scorer) -> ScoreScale:
-    """Return the scale of a scorer's scores under the scorer's name."""
+    """Return the scale of a scorer's scores, under its name."""
     known = scorer.score_scale if isinstance(scorer, KnownScorer) else ScoreScale()
     return replace(known, scorer=scorer.name)
 
 
 def saved_scores(folder: Path, scorer: Scorer) -> Path:
-    """Return the path, without an ending, of the scores that a scorer saves in a folder. The description of the scorer
-    lies beside it as JSON.
+    """Return the path, without an ending, of the scores that a scorer saves in a folder. Its description lies beside
+    them as JSON.
 
-    The path has a hash of the description, so scores of another scorer with this name are never read or overwritten. If
+    The path has a hash of the description, so scores of another scorer of this name are never read or overwritten. If
     there are any, log what differs.
     """
     description = describe_scorer(scorer)
@@ -402,7 +401,7 @@ def saved_scores(folder: Path, scorer: Scorer) -> Path:
 
 
 def file_name(scorer: str) -> str:
-    """Return a scorer's name as the name of a file."""
+    """Return a scorer's name as a file name."""
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in scorer)
 
 
@@ -436,6 +435,6 @@ def _described_settings(builder: Callable[..., Scorer], settings: Mapping[str, A
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path:
-    """Return the path of a model's file. If `model` is not a folder with this file, download the file from the Hub."""
+    """Return the path of a model's file, downloaded from the Hub if `model` is not a folder with it."""
     local = Path(model) / name
     return local if local.is_file() else Path(hf_hub_download(model, name, revision=revision))

@@ -39,14 +39,14 @@ Image 2 is better
 or
 Equal"""
 AXES = ("alignment", "coherence", "style")
-# Markdown such as `**Style Score (1-5):** 4` may stand around the colon. Parts of the pattern that match the same
-# characters are never side by side, so the search is linear.
+# Markdown such as `**Style Score (1-5):** 4` may stand around the colon. Neighbouring parts of the pattern never match
+# the same characters, so the search is linear.
 _SCORE = re.compile(rf"({'|'.join(AXES)}) Score[\s*]*\(1-5\)[\s*]*:[\s*]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(image 1|image 2|equal)\b", re.IGNORECASE)
 _MAX_ANSWER = 1_000_000  # bytes
 _READ_CHARACTERS = 20_000  # the rest of an answer is not read
 _SHOWN = 300  # bytes of an answer in an error message
-_ENOUGH_ANSWERS = 20  # `max_unreadable` is checked from this number of answers on
+_ENOUGH_ANSWERS = 20  # `max_unreadable` is checked from this number on
 
 
 class VLMServerError(OSError, UserError):
@@ -55,24 +55,23 @@ class VLMServerError(OSError, UserError):
 
 @dataclass(eq=False)
 class VLMServerScorer(KnownScorer):
-    """Score images by asking a vision-language model on a server for three ratings from 1 to 5. The score is the mean
-    rating, mapped to `[0, 1]`.
+    """Score images by a vision-language model on a server: the mean of three ratings from 1 to 5, mapped to `[0, 1]`.
 
-    If an answer lacks one of the three ratings, the score is NaN. Evaluations leave out images without a score and
-    report their number.
+    An answer that lacks one of the three gives NaN. Evaluations leave out images without a score and report their
+    number.
 
     Args:
         url (`str`): URL of the API, such as `http://127.0.0.1:8000/v1`, without a user, a password or a query.
         model (`str`): Name of the model on the server.
-        question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`. The question must make the
-            model rate `Alignment`, `Coherence` and `Style`, in lines like `Alignment Score (1-5): 4`.
+        question (`str`, *optional*): The question, with `{prompt}` for the prompt. It must make the model rate
+            `Alignment`, `Coherence` and `Style`, in lines like `Alignment Score (1-5): 4`.
         batch_size (`int`, *optional*, defaults to `8`): Number of parallel requests.
         timeout (`float`, *optional*, defaults to `120.0`): Time limit of a whole request in seconds.
         max_unreadable (`float`, *optional*, defaults to `0.05`): Largest allowed share of answers that cannot be
-            parsed. Nothing is checked before the 20th answer.
+            parsed, from the 20th answer on.
         max_tokens (`int`, *optional*, defaults to `256`): Largest length of an answer in tokens.
-        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable that may contain an
-            API key. If the variable is set, requests contain the key.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with an API key. If
+            it is set, requests contain the key.
 
     Raises:
         `VLMServerError`: When the scorer is called, if the server cannot be reached, refuses a request, or gives too
@@ -117,11 +116,11 @@ class VLMServerScorer(KnownScorer):
     def compare(
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> torch.Tensor:
-        """Return the model's preferences for N pairs of images, `(N,)`: 1 if the model prefers the first image of a
-        pair, -1 if it prefers the second image, and 0 for a tie.
+        """Return the model's preferences for N pairs of images, `(N,)`: 1 for the first image of a pair, -1 for the
+        second, and 0 for a tie.
 
-        The model sees each pair in both orders. If the two answers on a pair contradict each other, the pair is a tie.
-        If one of the answers cannot be parsed, the result is NaN.
+        The model sees each pair in both orders. Answers that contradict each other make a tie; one that cannot be
+        parsed gives NaN.
         """
         questions = [COMPARISON.replace("{prompt}", prompt) for prompt in prompts]
         orders = [list(pair) for pair in zip(first, second, strict=True)]
@@ -191,11 +190,11 @@ class VLMServerScorer(KnownScorer):
 
 
 class VLMServerJudge(VLMServerScorer):
-    """Judge pairs of images by asking a vision-language model on a server which image is better, in both orders.
+    """Judge pairs of images by asking a vision-language model on a server which is better, in both orders.
 
-    A judge cannot score a single image. In an evaluation, the judge compares each image of a model with the base
-    model's image of the same prompt and noise. The score is 1 if the judge prefers the model's image, -1 if it prefers
-    the base model's image, and 0 for a tie. Arguments are those of [`VLMServerScorer`] without `question`.
+    A judge cannot score a single image. An evaluation lets it compare each image of a model with the base model's of
+    the same prompt and noise: 1 if it prefers the model's image, -1 if the base model's, and 0 for a tie. Arguments are
+    those of [`VLMServerScorer`] without `question`.
     """
 
     def __init__(self, url: str, model: str, **settings: Any):
@@ -230,8 +229,7 @@ def _check_url(url: str) -> None:
 
 
 def read_score(answer: str) -> float | None:
-    """Return the mean of the ratings of all `AXES` in an answer, mapped from 1-5 to 0-1, or `None` if the answer lacks
-    one of them."""
+    """Return the mean of an answer's ratings of all `AXES`, mapped from 1-5 to 0-1, or `None` if one is missing."""
     found = _SCORE.findall(answer[:_READ_CHARACTERS])
     scores = {axis.lower(): min(max(float(score), 1.0), 5.0) for axis, score in found}
     if len(scores) < len(AXES):
@@ -240,8 +238,8 @@ def read_score(answer: str) -> float | None:
 
 
 def read_choice(answer: str) -> int | None:
-    """Return 1 if an answer prefers the first image, -1 if it prefers the second image, and 0 if it calls them equal.
-    Return `None` if the answer names none of the three choices or several."""
+    """Return 1 if an answer prefers the first image, -1 if the second, 0 if it calls them equal, and `None` if it names
+    none of the three choices or several."""
     named = {choice.lower() for choice in _CHOICE.findall(answer[:_READ_CHARACTERS])}
     if len(named) != 1:
         return None
@@ -257,13 +255,13 @@ def png_url(image: Image.Image) -> str:
 
 # ---- One request ----------------------------------------------------------------------------------------------------
 #
-# `huggingface_hub.InferenceClient` speaks this API too. But it sends the Hub's token to any server if there is no key,
-# follows redirects, reads an answer of any length, limits each read instead of the request, and refuses a server on
+# `huggingface_hub.InferenceClient` speaks this API too. But without a key it sends the Hub's token to any server, and
+# it follows redirects, reads an answer of any length, limits each read instead of the request, and refuses a server on
 # this machine under `HF_HUB_OFFLINE`.
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuse redirects, because a redirected request would send the API key to another host."""
+    """Refuse redirects, which would send the API key to another host."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
@@ -273,7 +271,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _post(url: str, body: Mapping[str, Any], key: str, timeout: float) -> tuple[int, bytes]:
-    """Send a request and return status and beginning of the answer."""
+    """Send a request and return the status and the beginning of the answer."""
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -286,7 +284,7 @@ def _post(url: str, body: Mapping[str, Any], key: str, timeout: float) -> tuple[
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return the result of `work`, or raise `TimeoutError` after `seconds`. Then `work` goes on in a thread that does
+    """Return the result of `work`, or raise `TimeoutError` after `seconds`, with `work` going on in a thread that does
     not keep the process alive.
 
     A socket's timeout limits each read, so a server that sends one byte at a time would never reach it.

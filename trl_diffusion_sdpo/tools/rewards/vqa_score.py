@@ -1,5 +1,5 @@
-"""Score images with VQAScore: ask a vision-language model whether an image shows the prompt. The score is the
-probability of the answer "Yes"."""
+"""Score images with VQAScore: the probability that a vision-language model, asked whether an image shows the prompt,
+answers "Yes"."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class VQAScorer(BatchedScorer):
     """Score images by the probability that the first token of the model's answer is "Yes", in `[0, 1]`.
 
     Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. Scores of
-    different models cannot be compared, so the scorer's name contains the model's name.
+    different models cannot be compared, so the scorer's name contains the model's.
 
     Args:
         model (`str`): Hub id or folder of a vision-language model of transformers and its processor.
-        question (`str`, *optional*): Question about the image. The prompt replaces `{prompt}` in the question.
+        question (`str`, *optional*): Question about the image, with `{prompt}` for the prompt.
         answer (`str`, *optional*, defaults to `"Yes"`): Answer whose first token's probability is the score.
         revision (`str`, *optional*): Hub revision of the model and its processor.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the weights.
