@@ -1,4 +1,4 @@
-# make demo                  train a small model on drawn shapes and plot the result: about five minutes, no GPU
+# make demo                  train a small model on drawn shapes and plot the result in minutes, no GPU
 # make test                  lint, types, tests, documentation; .ci/run adds the lowest versions
 # make lint                  sort imports, fix what ruff can fix, format
 # make docs                  build the documentation into site/
@@ -41,7 +41,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
 demo: $(VENV)/installed
-	@echo "About five minutes on two CPU cores. Each call starts over."
+	@echo "This takes minutes on two CPU cores. Each call starts over."
 	rm -rf demo_output
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
 
