@@ -32,7 +32,7 @@ def test_missing_scores_are_left_out_and_counted():
     scores = np.array([[1.0, math.nan], [math.nan, math.nan], [-1.0, -1.0]])
     result = win_rate(scores, np.zeros((3, 2)))
     assert result.rate == 0.5 and result.prompts == 2 and result.missing == 3
-    with pytest.raises(ValueError, match="have scores"):
+    with pytest.raises(ValueError, match="needs a prompt and seed"):
         win_rate(np.full((2, 1), math.nan), np.zeros((2, 1)))
     with pytest.raises(ValueError, match="shape"):
         win_rate(np.zeros((2, 1)), np.zeros((3, 1)))
