@@ -384,12 +384,8 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     shutil.copytree(sd_folder, tmp_path / "model")
     for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
         path.unlink()
-    assert "encoded 24 and 7" in encode(
-        "copy", "--model_name_or_path", str(tmp_path / "model")
-    )
-    assert "encoded 0 and 0" in encode(
-        "copy", "--model_name_or_path", str(tmp_path / "model")
-    )
+    assert "encoded 24 and 7" in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
+    assert "encoded 0 and 0" in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
 
 
 def test_images_that_wait_for_their_shard_keep_no_files_open(make_cached, make_pairs, monkeypatch):
