@@ -32,6 +32,10 @@ LIBRARY_TESTS := tests/trainer/test_borrowed_names.py tests/data tests/trainer/t
 	tests/invariant/test_artefacts.py tests/saving/test_checkpoints.py tests/cli/test_options.py \
 	tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/tools/rewards
 
+# A variable of the environment that happens to be called PART is not meant.
+ifeq ($(origin PART),environment)
+PART :=
+endif
 PARTS := distributed families trainer commands kills floors newest pythons
 $(if $(filter-out $(PARTS),$(PART)),$(error PART=$(PART) is none of: $(PARTS)))
 

@@ -31,8 +31,8 @@ def page(result: DemoResult) -> str:
     settings = result.settings
     versions = ", ".join(f"{library} {version}" for library, version in result.versions.items())
     intro = (
-        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on a CPU, with "
-        f"threads: {result.threads}. `python benchmarks/demo_page.py` writes the numbers and both pictures from "
+        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on "
+        f"{'one thread' if result.threads == 1 else f'{result.threads} threads'} of a CPU. `python benchmarks/demo_page.py` writes the numbers and both pictures from "
         "`benchmarks/results/demo.json`."
     )
     curves = (

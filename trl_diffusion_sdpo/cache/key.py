@@ -36,8 +36,8 @@ class EncoderKey:
 
     @functools.cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
-        """What encoded images (`vae`) and encoded prompts (`text`) depend on, as values for JSON. Read it in all
-        processes together: the first computes it for all."""
+        """Name all that encoded images (`vae`) and encoded prompts (`text`) depend on, as values for JSON. Read it in
+        all processes together: the first computes it for all."""
         return self._peers.first(self._facts)
 
     def _facts(self) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The same command again under `accelerate launch`, for `trl-diffusion-sdpo train --accelerate_config NAME`."""
+"""Run the same command under `accelerate launch`, for `trl-diffusion-sdpo train --accelerate_config NAME`."""
 
 from __future__ import annotations
 

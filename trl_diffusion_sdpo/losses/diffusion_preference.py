@@ -18,7 +18,7 @@ SAFEGUARDS: tuple[str, ...] = get_args(Safeguard)
 
 @dataclass(frozen=True)
 class PreferenceLossOutput:
-    """What [`diffusion_preference_loss`] returns.
+    """Loss and metrics that [`diffusion_preference_loss`] returns.
 
     Args:
         loss (`torch.Tensor` of shape `()`): Mean loss. Its backward pass gives the gradient with the safeguard.

@@ -23,7 +23,7 @@ from .safeguard import Anchor, Granularity
 
 @dataclass(frozen=True)
 class PairTerms:
-    r"""What the loss functions know of `B` preference pairs, in float32.
+    r"""Errors of `B` preference pairs that the loss functions see, in float32.
 
     An error is the mean square of a sample's residual (`prediction - target`), times the pair's timestep weight if any.
 
@@ -223,10 +223,10 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1) -> torch.Tensor:
     """Return the DSPO loss as published for SDXL, `(B,)`.
 
-    The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else `(1 -
-    sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's prediction for the
-    winner towards the reference's and may so raise the winner's error. The safeguard does not prevent that: it scales
-    only the loser's gradient.
+    The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else
+    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's prediction for
+    the winner towards the reference's and may so raise the winner's error. The safeguard does not prevent that: it
+    scales only the loser's gradient.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
@@ -239,8 +239,8 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
     """Return the DMPO loss of each pair, `(B,)`.
 
-    It is the reverse KL divergence between the policy's probability of preferring the winner and the target `1 -
-    dmpo_alpha`, smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. It equals TRL's `exo_pair` with
+    It is the reverse KL divergence between the policy's probability of preferring the winner and the target
+    `1 - dmpo_alpha`, smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. It equals TRL's `exo_pair` with
     `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
@@ -294,8 +294,8 @@ def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> tor
 def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> torch.Tensor:
     """Return the Linear-DPO loss of each pair, `w (err_w - err_l)`, `(B,)`.
 
-    The detached weight is `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, with `m = winner_change - loser_change` and `eta
-    = linear_eta`. It works well with a reference that follows the policy (`sync_ref_model`).
+    The detached weight is `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, with `m = winner_change - loser_change` and
+    `eta = linear_eta`. It works well with a reference that follows the policy (`sync_ref_model`).
     """
     margin = (terms.winner_change - terms.loser_change).detach()
     weight = (0.2 * beta * margin + 0.5).clamp(linear_eta, 1 - linear_eta)

@@ -1,4 +1,4 @@
-"""Which callbacks the settings need. (Those that report on a run are in `reporting/run_callbacks.py`.)"""
+"""Callbacks that the settings need. (Those that report on a run are in `reporting/run_callbacks.py`.)"""
 
 from __future__ import annotations
 

@@ -605,8 +605,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     @property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """What computes training steps with `safeguard="parameter"`; `None` with another safeguard. Each `train` makes
-        a new one, and so does a first step outside of it."""
+        """Computes training steps with `safeguard="parameter"`; `None` with another safeguard. Each `train` makes a new
+        one, and so does a first step outside of it."""
         if self._parameter_safeguard is None:
             self._parameter_safeguard = self._make_parameter_safeguard()
         return self._parameter_safeguard

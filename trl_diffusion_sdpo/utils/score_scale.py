@@ -1,4 +1,4 @@
-"""What the numbers of a scorer mean: their usual range, their limits, and how they relate to preferences.
+"""Meaning of a scorer's numbers: their usual range, their limits, and how they relate to preferences.
 
 `pairs score` and `pairs generate` write a scale beside the scores, in the column [`SCALE_COLUMN`], so that nobody types
 a loss's numbers by hand.

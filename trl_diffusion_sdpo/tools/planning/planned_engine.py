@@ -1,4 +1,4 @@
-"""Which tensors each distributed engine shards over its processes."""
+"""Tensors that each distributed engine shards over its processes."""
 
 from __future__ import annotations
 
