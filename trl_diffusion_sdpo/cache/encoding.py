@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,11 +49,6 @@ SHARD_IMAGES = 256  # largest number of encoded images per shard file, because r
 SHARD_PROMPTS = 64
 IMAGES_AT_ONCE = range(2, 9)  # images per VAE batch. Within this range, a batch has at most `PIXELS_AT_ONCE` pixels
 PROMPTS_AT_ONCE = range(4, 17)  # prompts per batch. Below 4, CPUs round matrix products differently
-
-
-def default_folder() -> Path:
-    """Return the default folder of all caches: `trl-diffusion-sdpo` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class OneLineParser(argparse.ArgumentParser):
         """Return the names of all options, without leading dashes."""
         return [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
 
+    def former_names(self) -> list[str]:
+        """Return the former names of options, under which a YAML file may set them too."""
+        destinations = {action.dest for action in self._actions}
+        return [former for former, name in _FORMER_NAMES.items() if name in destinations]
+
     def names_in(self, words: Iterable[str]) -> set[str]:
         """Return the names of this parser's options among the words of a command line."""
         fields = {flag: action.dest for action in self._actions for flag in action.option_strings}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError
 from . import EXIT_OK
+from .kept_options import answer_early
 from .options import OneLineParser, option_name, take_options
 from .train_parser import read_given
 
@@ -44,12 +45,13 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
     Args:
         device (`str`): Device to plan for, `"cuda"` (in bf16 unless `bf16` or `fp16` is set) or `"cpu"`.
     """
+    file, accelerate_config, _ = read_given(words)
+    taken, words = take_options(words, "accelerate_config", "num_processes")
+    answer_early(words, prog)
     from ..tools.planning.planned_engine import planned_engine
     from ..tools.planning.prepare import PlannedSettings  # takes seconds
     from .train import parse
 
-    file, accelerate_config, _ = read_given(words)
-    taken, words = take_options(words, "accelerate_config", "num_processes")
     names = {option_name(word) for word in words} | set(file)
     words = [*words, "--use_cpu", "true"]  # planning puts no tensors onto a GPU
     if device != "cpu" and not names & {"bf16", "fp16", "no_bf16"}:

@@ -14,8 +14,9 @@ from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_data
 from .images import import_from_working_directory
+from .kept_options import answer_early, keep
 from .options import option_name
-from .train_parser import TrainOptions, is_first_process
+from .train_parser import HELP, TrainOptions, is_first_process
 from .train_parser import make_parser as make_parser  # the docs build imports `make_parser` from here
 
 if TYPE_CHECKING:
@@ -37,8 +38,13 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
             [`train`].
     """
     launched = launch.LAUNCHED_VARIABLE in os.environ
-    if not launched and is_first_process() and not {"-h", "--help"} & set(arguments):
-        print(f"{prog}: loading libraries.", file=sys.stderr, flush=True)  # the next line takes seconds
+    alone = not launched and is_first_process()
+    if alone and answer_early(arguments, prog):
+        return EXIT_OK
+    if alone and not HELP & set(arguments):
+        print(f"{prog}: loading libraries.", file=sys.stderr, flush=True)  # the next lines take seconds
+    if alone:
+        keep(make_parser, prog)
     options = TrainOptions.read(arguments, prog)
     if launched:  # accelerate has already read its own options
         return (act or train)(*options.dataclasses())

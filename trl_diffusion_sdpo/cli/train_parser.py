@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ HIDDEN = frozenset(
 )
 # Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
 ADAPTER_PREFIXES = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
+HELP = frozenset({"-h", "--help"})
 # Titles of the groups of options in `--help`.
 MODEL = "Model and data"
 OWN = "Diffusion-SDPO"
@@ -72,6 +73,8 @@ def make_parser(prog: str | None = None) -> Any:
                 settings["type"] = none_for_no(choices)
             name = settings.get("dest", flags[0].removeprefix("--"))
             title = OWN if name in own else INHERITED if name in inherited else MODEL
+            if title == MODEL:  # in TRL, `datasets` overrides other options; here, `dataset_name` beside it is refused
+                settings["help"] = settings["help"].replace("If `datasets` is provided, this will be ignored.", "")
             if name in HIDDEN:
                 settings["help"] = argparse.SUPPRESS
             return self._titled[title].add_argument(*flags, **settings)
@@ -162,13 +165,19 @@ class TrainOptions:
     def refuse_others(self) -> None:
         """Raise `ValueError` for a word that is no option of `train`, with the most similar one, or for an option of
         `accelerate launch` with the advice to add `--accelerate_config`."""
-        launchers = [word for word in self.others if option_name(word) in launch_options()] if self.others else []
-        if launchers:
-            raise UserError(
-                f"Options of `accelerate launch` need `--accelerate_config`, got `{launchers[0]}` without it. Add "
-                "`--accelerate_config`, or leave the option out."
-            )
+        if self.others:
+            refuse_launch_options(self.others, launch_options())
         refuse_unknown(self.others, self.parser.names())
+
+
+def refuse_launch_options(words: list[str], launcher: Collection[str]) -> None:
+    """Raise `ValueError` if a word is one of the options `launcher` of `accelerate launch`."""
+    launchers = [word for word in words if option_name(word) in launcher]
+    if launchers:
+        raise UserError(
+            f"Options of `accelerate launch` need `--accelerate_config`, got `{launchers[0]}` without it. Add "
+            "`--accelerate_config`, or leave the option out."
+        )
 
 
 def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:

@@ -17,6 +17,11 @@ MANIFEST_FILE = "manifest.jsonl"  # in a folder of images
 NEW_FILES = "_new"  # files that [`replacing`] has not moved yet; the underscore excludes it from uploads
 
 
+def user_cache() -> Path:
+    """Return the default folder of all caches: `trl-diffusion-sdpo` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo"
+
+
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
     """Write a file under a temporary name, and then rename it: after a crash, `path` is either unchanged or complete.
 

@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ...cache.encoding import default_folder
 from ...data.buckets import AspectRatioBuckets
 from ...data.images import ImageReader, UndecodableImageError, UnreadableImageError
 from ...data.transforms import INTERPOLATION
@@ -32,6 +31,7 @@ from ...saving.run_folder import refuse_own_start
 from ...step.pair_forward import LossSettings, NoiseSettings
 from ...utils._compat import activation_checkpointing, checkpoints_activations
 from ...utils.errors import UserError
+from ...utils.files import user_cache
 from .all_arguments import settled_resolution
 from .checks import check_weighting_kwargs
 from .declaring import from_kwargs
@@ -400,7 +400,7 @@ def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
 
 def precompute_folder(args: DiffusionSDPOConfig) -> Path:
     """Return the folder for latents, prompt embeddings and reference errors computed before training."""
-    return default_folder() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
+    return user_cache() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
