@@ -1,8 +1,9 @@
 """Measure whether data loading is fast enough: time and memory until the first step, and pairs per second.
 
 Rows have the columns of Pick-a-Pic. They refer to a few JPEG files of real size, so that a million rows fit on a disk.
-Rows are read in two ways, each in a new process: map-style and as a stream. The time to the first step is wall time,
-from the construction of a trainer with a small random pipeline to the end of its first step.
+Rows are read in three ways, each in a new process: map-style, map-style again with the index that the first process has
+kept, and as a stream. Time to the first step is from the construction of a trainer with a small random pipeline to the
+end of its first step, in seconds of wall and of CPU time. Private memory is what a process shares with no other.
 
 Decoding is compared with the transforms of usual scripts (decode, resize the shorter side, flip, crop). Both take
 turns, and the CPU time of one thread is measured.
@@ -30,7 +31,7 @@ from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-WAYS = ("map", "stream")
+WAYS = ("map", "again", "stream")
 CHUNK = 10_000  # rows per write
 PROMPTS = 58_000  # as many as in Pick-a-Pic
 FILES = 16
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         row["ratio"] = row["rss"] / fewest["rss"]
         row["trainer_ratio"] = (row["rss"] - row["opened"]) / (fewest["rss"] - fewest["opened"])
     print(table(started, decoding, loading))
-    settings = {name: str(value) for name, value in vars(options).items()}
+    settings = {name: str(getattr(options, name)) for name in ("rows", "side", "resolution", "workers", "pairs", "rounds")}
     content = {"settings": settings, "start_up": started, "decoding": decoding, "loading": loading}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 10_000, 100_000, 1_000_000])
     parser.add_argument("--side", type=int, default=768, help="shorter side of the JPEG files, in pixels")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2, 4])
@@ -72,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=24, help="pairs that are decoded in turns")
     parser.add_argument("--quick", action="store_true", help="the smallest form, in seconds")
     parser.add_argument("--folder", type=Path, help="where the rows are written; a temporary folder if unset")
-    parser.add_argument("--output", type=Path, default=Path("bench_output/data_loading.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/data_loading.json"))
     # used by the child process, which measures one way to read rows
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -131,7 +132,8 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
     rows_of_ways = []
     for way in tqdm(WAYS, desc=f"{rows} rows", leave=False):
         command = [sys.executable, __file__, "--measure", str(file), "--way", way]
-        environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        caches = {"HF_DATASETS_CACHE": str(folder / "cache"), "XDG_CACHE_HOME": str(folder)}
+        environment = {**os.environ, **caches, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command,
             env=environment,
@@ -147,7 +149,7 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
 
 def first_step(file: Path, way: str) -> dict[str, float]:
     """Return the seconds from the construction of a trainer to the end of its first step, and the process's memory
-    then."""
+    then, in MiB."""
     from random_pipeline import build_pipeline
 
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
@@ -171,19 +173,21 @@ def first_step(file: Path, way: str) -> dict[str, float]:
             dataloader_num_workers=0,
         )
         opened, start = memory("VmRSS") - closed, time.perf_counter()
+        cpu, private = time.process_time(), memory("RssAnon")
         trainer = DiffusionSDPOTrainer(pipeline, None, args, data)
         constructed, after = time.perf_counter(), AfterTheFirstStep()
         trainer.add_callback(after)
         trainer.train()
-    return {"seconds": after.time - start, "constructing": constructed - start, "opened": opened, **after.memory}
+    taken = {"seconds": after.time - start, "constructing": constructed - start, "cpu": after.cpu - cpu}
+    return {**taken, "opened": opened, **after.memory, "private": after.memory["private"] - private}
 
 
 class AfterTheFirstStep(TrainerCallback):
     """Records time and memory (MiB) at the end of the first step, while sampler, index and batches are in memory."""
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.time = time.perf_counter()
-        self.memory = {"rss": memory("VmRSS"), "peak": memory("VmHWM")}
+        self.time, self.cpu = time.perf_counter(), time.process_time()
+        self.memory = {"rss": memory("VmRSS"), "peak": memory("VmHWM"), "private": memory("RssAnon")}
 
 
 def memory(name: str) -> float:
@@ -263,12 +267,14 @@ def load(folder: Path, files: list[str], workers: int, options: argparse.Namespa
 
 
 def table(started: list[dict[str, Any]], decoding: dict[str, float], loading: list[dict[str, float]]) -> str:
-    lines = ["| rows | read | to the first step | constructing | memory | of the fewest rows | without opening |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = [
+        "| rows | read | to the first step | CPU | private memory | memory | of the fewest rows | without opening |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for row in started:
         lines.append(
-            f"| {row['rows']} | {row['way']} | {row['seconds']:.1f} s | {row['constructing']:.1f} s | "
-            f"{row['rss']:.0f} MiB | {row['ratio']:.3f} | {row['trainer_ratio']:.3f} |"
+            f"| {row['rows']} | {row['way']} | {row['seconds']:.1f} s | {row['cpu']:.1f} s | "
+            f"{row['private']:.0f} MiB | {row['rss']:.0f} MiB | {row['ratio']:.3f} | {row['trainer_ratio']:.3f} |"
         )
     worst = max(row["trainer_ratio"] for row in started)
     lines.append(

@@ -30,10 +30,10 @@ def page(result: DemoResult) -> str:
     """Return the results as Markdown, which the page of the demo includes."""
     settings = result.settings
     versions = ", ".join(f"{library} {version}" for library, version in result.versions.items())
+    threads = "one thread" if result.threads == 1 else f"{result.threads} threads"
     intro = (
-        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on "
-        f"{'one thread' if result.threads == 1 else f'{result.threads} threads'} of a CPU. `python benchmarks/demo_page.py` writes the numbers and both pictures from "
-        "`benchmarks/results/demo.json`."
+        f"This run (seed {settings['seed']}, {versions}) took {result.seconds / 60:.0f} minutes on {threads} of a CPU. "
+        "`python benchmarks/demo_page.py` writes the numbers and both pictures from `benchmarks/results/demo.json`."
     )
     curves = (
         "These are the curves during training. They show scores at one guidance scale for all models, "

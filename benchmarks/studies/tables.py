@@ -675,6 +675,17 @@ def large_cache(results: list[dict[str, Any]]) -> str:
     return markdown([*columns, "Pairs per second"], lines)
 
 
+def start_up(results: dict[str, Any]) -> str:
+    """CPU time and private memory until the first step, when the index is made and when it is kept."""
+    rows = {(row["rows"], row["way"]): row for row in results["start_up"]}
+    lines = []
+    for count in dict.fromkeys(rows for rows, _ in rows):
+        made = [rows[count, way] for way in ("map", "again", "stream")]
+        cells = [f"{row['cpu']:.1f} s, {row['private']:.0f} MiB" for row in made]
+        lines.append([f"{count:,}", *cells])
+    return markdown(["Pairs", "First start", "Later starts", "As a stream"], lines)
+
+
 # ---- The table of tables --------------------------------------------------------------------------------------------
 
 
@@ -716,6 +727,7 @@ TABLES = {
     "pair_flops": Table(pair_flops, (f"{BENCHMARKS}/pair_flops.json",)),
     "step_time": Table(step_time, (f"{BENCHMARKS}/step_time.json",)),
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
+    "start_up": Table(start_up, (f"{BENCHMARKS}/data_loading.json",)),
 }
 # Tables that another program writes between the same markers -> that program, and its results.
 OTHERS = {"overhead": ("benchmarks/safeguard_overhead.py", f"{BENCHMARKS}/safeguard_overhead.json")}

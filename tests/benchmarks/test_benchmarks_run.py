@@ -65,7 +65,7 @@ def test_every_way_to_read_rows_is_measured(tmp_path):
     shown = run("data_loading.py", "--quick", "--output", str(file))
     found = json.loads(file.read_text())
     ways = [(row["rows"], row["way"]) for row in found["start_up"]]
-    assert ways == [(rows, way) for rows in (100, 3000) for way in ("map", "stream")]
+    assert ways == [(rows, way) for rows in (100, 3000) for way in ("map", "again", "stream")]
     assert all(row["peak"] >= row["rss"] > 0 and row["seconds"] > row["constructing"] for row in found["start_up"])
     assert all(f"| {rows} | {way} |" in shown for rows, way in ways)
     assert [row["workers"] for row in found["loading"]] == [0, 1] and found["decoding"]["ratio"] > 0

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, default_convert
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_WORKERS = 4  # they decode a few hundred pairs per second, more than a denoiser trains on
 MAX_READERS = 8  # most workers while pairs are encoded before training
 FEW_PAIRS = 512  # the main process decodes fewer pairs in seconds
+LISTED_PAIRS = 2**16  # of an epoch's order, at once
 PREFETCH_FACTOR = 2  # batches that each worker prepares in advance, torch's default
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -45,6 +47,33 @@ class CollateStream:
         if items[0] is None:
             return {}
         return {**self.collate(items), READ: items[-1][READ]}
+
+
+class SeededSampler(Sampler[int]):
+    """All pairs in a random order of each epoch, that of accelerate's `SeedableRandomSampler`, which would hold a list
+    of them all: 400 MB for ten million pairs.
+
+    Args:
+        pairs (`int`): Number of pairs.
+        seed (`int`): Seed of the first epoch.
+    """
+
+    def __init__(self, pairs: int, seed: int) -> None:
+        self._pairs = pairs
+        self._seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._pairs
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self._pairs, generator=torch.Generator().manual_seed(self._seed + self.epoch))
+        for part in order.split(LISTED_PAIRS):
+            yield from part.tolist()
+        self.epoch += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
 
 class BatchLoaders:
@@ -89,6 +118,9 @@ class BatchLoaders:
         accelerator = self._accelerator
         if isinstance(dataset, PreferenceIterableDataset):  # a stream selects this process's share itself
             dataset = dataset.for_process(Peers(args.process_index, args.world_size))
+        data_seed = accelerator.dataloader_config.data_seed
+        if isinstance(sampler, RandomSampler) and accelerator.use_seedable_sampler:
+            sampler = SeededSampler(len(sampler), torch.initial_seed() if data_seed is None else data_seed)
         loader = _plain_loader(
             args,
             dataset,
@@ -115,7 +147,7 @@ class BatchLoaders:
             dispatch_batches=False,
             even_batches=accelerator.even_batches,
             use_seedable_sampler=accelerator.use_seedable_sampler,
-            data_seed=accelerator.dataloader_config.data_seed,
+            data_seed=data_seed,
             use_stateful_dataloader=accelerator.use_stateful_dataloader,
         )
 

@@ -24,6 +24,7 @@ from .data_report import evenly_spaced
 from .fingerprints import facts_if_there, local_names, short, start_of
 from .formats import SEED_COLUMNS, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import ImageReader, Size, UndecodableImageError, UnreadableImageError, as_list
+from .kept_index import kept_index
 from .mixtures import PairMixture, check_formats, repeat_by_weight
 from .number_columns import bad_seeds, numbers_of_rows
 from .pair_table import PairTable
@@ -134,9 +135,11 @@ class TableSource:
         """Return the undecoded values of a row, without images and source images unless `with_images`."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
-    def values(self, column: str) -> Iterator[Any]:
-        """Yield a column's value in each row. Only columns of the format and of `number_columns` are available."""
-        for batch in self.labels.select_columns([column]).iter(batch_size=ROWS_AT_ONCE):
+    def values(self, column: str, rows: range | None = None) -> Iterator[Any]:
+        """Yield a column's value in each row, or in consecutive `rows`. Only columns of the format and of
+        `number_columns` are available."""
+        labels = self.labels.select_columns([column])
+        for batch in (labels if rows is None else labels.select(rows)).iter(batch_size=ROWS_AT_ONCE):
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
@@ -144,10 +147,14 @@ class TableSource:
         has its own prompt."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
-        wanted = np.zeros(len(self), dtype=bool)
-        wanted[rows] = True
-        values = (value for value, is_wanted in zip(self.values(column), wanted, strict=True) if is_wanted)
-        return [self.format.prompt({column: value}, image) for value in values]
+        if not len(rows):
+            return []
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        wanted = np.zeros(last - first, dtype=bool)
+        wanted[rows - first] = True
+        values = self.values(column, range(first, last))
+        chosen = (value for value, is_wanted in zip(values, wanted, strict=True) if is_wanted)
+        return [self.format.prompt({column: value}, image) for value in chosen]
 
     def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all rows. Call `reject` for dropped rows and pairs."""
@@ -210,6 +217,13 @@ class TableSource:
                 for name in local_names(column):
                     digest.update(f"{name} {facts_if_there(name)}\n".encode("utf-8", "surrogatepass"))
         return {"prompts": dataset_fingerprint(self.labels), "images": short(digest)}
+
+    @property
+    def label_key(self) -> list[Any]:
+        """What the index of the rows depends on, as values for JSON."""
+        labels = [dataset_fingerprint(self.labels), self._file_facts()]
+        row_format = replace(self.format, label_readers={})  # whose functions the name of the format determines
+        return [self.name, labels, repr(row_format)]
 
     def _file_facts(self) -> list[Any]:
         """Return sizes and times of the data set's own files, which may be in any folder."""
@@ -337,7 +351,11 @@ class PairSource:
 
     def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all data sets, repeated so that each has its share of the epoch. Call `reject` for
-        dropped rows and pairs."""
+        dropped rows and pairs. Those of large data sets are kept for later starts."""
+        key = [[table.label_key for table in self.tables], self._weights, self._number_columns]
+        return kept_index(key, len(self), self._index_pairs, reject)
+
+    def _index_pairs(self, reject: Reject) -> PairTable:
         pairs = self._pairs_of_all(reject)
         for column in self._number_columns:
             values = self.values(column)

@@ -1,0 +1,142 @@
+"""Indexes of large data sets, kept between starts: reading the labels of ten million rows takes a minute.
+
+A kept index is mapped into memory, so the processes of a node share one copy. The first of them makes it, and the
+others wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..utils.disk import free_bytes, readable_size
+from ..utils.files import file_facts, json_object, user_cache, write_atomically
+from ..utils.identity import short_hash
+from ..utils.locks import FolderLock
+from .data_report import MAX_EXAMPLES
+from .formats import Reject
+from .pair_table import PairTable
+
+logger = logging.getLogger(__name__)
+
+KEPT_ROWS = 50_000  # a smaller index is made faster than it is looked for
+KEPT_INDEXES = 8  # the least recently used ones beyond are deleted
+ROW_BYTES = 64  # of a kept index, at most
+FACTS = "facts.json"  # written last: a folder without it is not complete
+Rejection = tuple[str, int, str, int]  # arguments of `Reject`
+
+
+def kept_index(key: Any, rows: int, make: Callable[[Reject], PairTable], reject: Reject) -> PairTable:
+    """Return the index that `make` makes, from the disk if it is kept there.
+
+    Args:
+        key (`Any`): What the index depends on, beside the code of this package; values for JSON.
+        rows (`int`): Number of rows.
+        make (`Callable`): Makes the index, and calls its argument for dropped rows and pairs.
+        reject (`Callable`): Is called in the same way. Of each kind, all but the first rows come in one call.
+    """
+    if rows < KEPT_ROWS:
+        return make(reject)
+    folder = user_cache() / "indexes" / short_hash([key, _code()])
+    index = _read(folder, reject)
+    if index is not None:
+        return index
+    lock, problem = None, f"its disk has less than {readable_size(rows * ROW_BYTES)} free"
+    if free_bytes(folder) >= rows * ROW_BYTES:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(folder.with_suffix(".lock"))
+            lock.acquire()
+        except OSError as error:
+            lock, problem = None, str(error)
+    if lock is None:
+        logger.warning(
+            "The index of %d rows is made anew at each start. %s cannot keep it: %s.", rows, folder, problem
+        )
+        return make(reject)
+    try:
+        index = _read(folder, reject)  # another process may have made it meanwhile
+        return _make_and_keep(folder, make, reject) if index is None else index
+    finally:
+        lock.release()
+
+
+def _make_and_keep(folder: Path, make: Callable[[Reject], PairTable], reject: Reject) -> PairTable:
+    rejections = _Rejections()
+    index = make(rejections)
+    rejections.replay(reject)
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, values in {"positions": index.positions, **index.columns}.items():
+            write_atomically(_file(folder, name), partial(np.save, arr=values, allow_pickle=False))
+        facts = {"columns": list(index.columns), "rejections": rejections.calls()}
+        write_atomically(folder / FACTS, json.dumps(facts).encode())
+        _delete_old(folder.parent)
+    except OSError as error:
+        logger.warning("The index of the data could not be kept in %s: %s", folder, error)
+    return index
+
+
+def _read(folder: Path, reject: Reject) -> PairTable | None:
+    """Return a kept index, mapped into memory, or `None` if there is none or it cannot be read."""
+    try:
+        facts = json_object((folder / FACTS).read_text(encoding="utf-8"))
+        names = ["positions", *facts["columns"]]
+        positions, *columns = (np.load(_file(folder, name), mmap_mode="r", allow_pickle=False) for name in names)
+        os.utime(folder)
+        _Rejections(facts["rejections"]).replay(reject)
+    except (OSError, ValueError, KeyError):
+        return None
+    return PairTable(np.asarray(positions), dict(zip(facts["columns"], map(np.asarray, columns), strict=True)))
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"
+
+
+def _delete_old(indexes: Path) -> None:
+    """Delete the indexes that no start has used for longest. A process that has mapped one keeps it."""
+    folders = sorted((path for path in indexes.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for folder in folders[:-KEPT_INDEXES]:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.with_suffix(".lock").unlink()
+
+
+def _code() -> list[Any]:
+    """Return facts of this package's files that make an index."""
+    return [file_facts(file)[1:] for file in sorted(Path(__file__).parent.glob("*.py"))]
+
+
+class _Rejections:
+    """Dropped rows and pairs: the first of each kind, and one call for all others of the kind."""
+
+    def __init__(self, calls: Sequence[Sequence[Any]] = ()) -> None:
+        self._first: list[Rejection] = [(kind, row, reason, amount) for kind, row, reason, amount in calls]
+        self._seen: Counter[str] = Counter()
+        self._others: dict[str, Rejection] = {}
+
+    def __call__(self, kind: str, row: int, reason: str, amount: int) -> None:
+        self._seen[kind] += 1
+        if self._seen[kind] <= MAX_EXAMPLES:
+            self._first.append((kind, row, reason, amount))
+        else:
+            others = self._others[kind][3] if kind in self._others else 0
+            self._others[kind] = (kind, row, reason, others + amount)
+
+    def calls(self) -> list[Rejection]:
+        return [*self._first, *self._others.values()]
+
+    def replay(self, reject: Reject) -> None:
+        for call in self.calls():
+            reject(*call)
