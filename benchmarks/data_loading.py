@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         row["ratio"] = row["rss"] / fewest["rss"]
         row["trainer_ratio"] = (row["rss"] - row["opened"]) / (fewest["rss"] - fewest["opened"])
     print(table(started, decoding, loading))
-    settings = {name: str(getattr(options, name)) for name in ("rows", "side", "resolution", "workers", "pairs", "rounds")}
+    names = ("rows", "side", "resolution", "workers", "pairs", "rounds")
+    settings = {name: str(getattr(options, name)) for name in names}
     content = {"settings": settings, "start_up": started, "decoding": decoding, "loading": loading}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
