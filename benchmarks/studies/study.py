@@ -57,8 +57,8 @@ HELD_OUT_SEED = 30_000
 HELD_OUT_COPIES = 3  # draws of noise and timestep for each held-out pair
 IMAGE_SEEDS = {"selection": 90_000, "final": 100_000}
 # What a row may have beside fields of `DiffusionSDPOConfig`: first what its training depends on.
-TRAINING_KEYS = ("lora_rank", "pairs", "masked", "constant_lambda")
-SAMPLING_KEYS = ("of", "guidance", "reference", "weights_scale")
+TRAINING_KEYS = ("lora_rank", "pairs", "masked", "constant_lambda", "online", "rounds")
+SAMPLING_KEYS = ("of", "guidance", "reference", "weights_scale", "classifier")
 OWN_PER_PROMPT = 4  # held-out pairs of a row's own kind for each prompt
 
 
@@ -143,23 +143,32 @@ class Study:
         """Return the weights of a row, which is trained first if no plan has trained these settings."""
         row = {key: value for key, value in self.plan["rows"][name].items() if key not in SAMPLING_KEYS}
         shared = {key: self.plan.get(key) for key in ("model", "pairs", "per_prompt", "max_pairs", "shared")}
+        shared |= {key: self.plan[key] for key in ("train_prompts",) if key in self.plan}
         facts = json.dumps([row, shared, seed, self.made_with["base"]], sort_keys=True)
         folder = self.weights / hashlib.sha256(facts.encode()).hexdigest()[:16]
         if not (folder / "trained.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "settings.json").write_text(facts, encoding="utf-8")
             with tempfile.TemporaryDirectory() as output:
-                trainer = self.trainer(row, seed, output)
-                trainer.train()
-                save_file(merged(trainer.denoiser), folder / "unfinished.safetensors")
+                save_file(merged(self.train(row, seed, output)), folder / "unfinished.safetensors")
             (folder / "unfinished.safetensors").rename(folder / "trained.safetensors")
         return load_file(folder / "trained.safetensors")
 
-    def trainer(self, row: dict[str, Any], seed: int, output: str) -> DiffusionSDPOTrainer:
-        """Build the trainer of a row."""
+    def train(self, row: dict[str, Any], seed: int, output: str) -> torch.nn.Module:
+        """Train a row and return its denoiser."""
+        trainer = self.trainer(row, seed, output)
+        trainer.train()
+        return trainer.denoiser
+
+    def trainer(
+        self, row: dict[str, Any], seed: int, output: str, pipeline: Any = None, pairs: Dataset | None = None
+    ) -> DiffusionSDPOTrainer:
+        """Build the trainer of a row, which starts from a pipeline, by default the base."""
         own = {key: value for key, value in row.items() if key not in (*TRAINING_KEYS, *SAMPLING_KEYS)}
-        pairs = self.pairs(row, seed, self.plan.get("per_prompt", 14))
-        pairs = pairs.select(range(min(len(pairs), self.plan.get("max_pairs", len(pairs)))))
+        if pairs is None:
+            pairs = self.pairs(row, seed, self.plan.get("per_prompt", 14))
+            pairs = self.only(self.plan["train_prompts"], pairs) if "train_prompts" in self.plan else pairs
+            pairs = pairs.select(range(min(len(pairs), self.plan.get("max_pairs", len(pairs)))))
         args = self.arguments(seed, output, **{**self.plan["shared"], **own})
         rank = row.get("lora_rank")
         adapter = None if rank is None else LoraConfig(r=rank, lora_alpha=rank)
@@ -169,7 +178,7 @@ class Study:
 
             forward = constant_lambda(row["constant_lambda"])
             trainer_class = type("ConstantTrainer", (DiffusionSDPOTrainer,), {"pair_forward_class": forward})
-        trainer = trainer_class(self.load_base(), None, args, pairs, peft_config=adapter)
+        trainer = trainer_class(pipeline or self.load_base(), None, args, pairs, peft_config=adapter)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -185,8 +194,12 @@ class Study:
             pairs = eval_pairs(seed, per_prompt=4)
         else:
             pairs = self.pairs({**row, "masked": False}, seed, OWN_PER_PROMPT)
-        final = set(self.prompts["final"])
-        return pairs.select([index for index, prompt in enumerate(pairs["prompt"]) if prompt in final])
+        return self.only("final", pairs)
+
+    def only(self, part: str, pairs: Dataset) -> Dataset:
+        """Return the pairs of one half of the prompts."""
+        prompts = set(self.prompts[part])
+        return pairs.select([index for index, prompt in enumerate(pairs["prompt"]) if prompt in prompts])
 
     @staticmethod
     def arguments(seed: int, output: str, **settings: Any) -> DiffusionSDPOConfig:
@@ -305,9 +318,9 @@ def finished_rows(plan: dict[str, Any], file: Path) -> dict[str, list[dict[str, 
     return by_name
 
 
-def run(plan: dict[str, Any], names: list[str], seeds: list[int], file: Path, weights: Path) -> None:
+def run(study: Study, names: list[str], seeds: list[int], file: Path) -> None:
     """Measure what is missing, and append each row when it is finished."""
-    study = Study(plan, weights)
+    plan = study.plan
     file.parent.mkdir(parents=True, exist_ok=True)
     made = read_rows(file)
     if file.is_file() and not file.read_text(encoding="utf-8").endswith("\n"):
@@ -348,7 +361,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return markdown([*columns, "winners' error", "accuracy"], lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, study_class: type[Study] = Study) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="name of a plan beside this script, or the path of a YAML file")
     parser.add_argument("--rows", nargs="+", help="these rows only")
@@ -371,7 +384,8 @@ def main(arguments: list[str] | None = None) -> int:
         library.disable_progress_bar()
     logging.getLogger("trl_diffusion_sdpo").setLevel(logging.ERROR)
     if not options.report:
-        run(plan, options.rows or list(plan["rows"]), options.seeds or plan["seeds"], file, options.weights)
+        study = study_class(plan, options.weights)
+        run(study, options.rows or list(plan["rows"]), options.seeds or plan["seeds"], file)
     print(table(finished_rows(plan, file)))
     return 0
 

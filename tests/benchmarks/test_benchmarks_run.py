@@ -139,6 +139,35 @@ def test_a_plan_with_an_unknown_form_of_guidance_is_refused(tmp_path):
         study.load_plan(str(file))
 
 
+STEP_SMOKE = """
+seeds: [0]
+pairs: off_policy
+train_prompts: selection
+per_prompt: 1
+max_pairs: 4
+prompts: 2
+images_per_prompt: {selection: 1, final: 2}
+guidance_scales: [1.0, 2.0]
+shared: {max_steps: 1, per_device_train_batch_size: 2, learning_rate: 2.0e-4, beta: 100.0, random_flip: false}
+rows:
+  base: {}
+  one step: {online: {iterations: 1, prompts: 2, k: 2, levels: 2, gap: -1.0}}
+  two steps: {online: {iterations: 2, prompts: 2, k: 2, levels: 2, gap: -1.0}}
+  output space: {online: {iterations: 1, prompts: 2, k: 2, levels: 1, gap: -1.0, safeguard: output}, lora_rank: 2}
+  parameter space: {online: {iterations: 1, prompts: 2, k: 2, levels: 1, gap: -1.0, safeguard: parameter}}
+"""
+
+
+@pytest.mark.matrix
+def test_the_study_of_step_pairs_runs(tmp_path):
+    plan, file = tmp_path / "steps.yaml", tmp_path / "rows.jsonl"
+    plan.write_text(STEP_SMOKE)
+    run("studies/step_pairs.py", str(plan), "--file", str(file), "--weights", str(tmp_path / "weights"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    changes = [row["errors"]["winner_change"] for row in rows]
+    assert changes[0] == 0 and all(changes[1:]) and rows[2]["cost"] == 2 * rows[1]["cost"] > 0
+
+
 @pytest.mark.matrix
 def test_the_study_of_edits_runs(tmp_path):
     sizes = ("--base_steps", "2", "--batch", "2", "--steps", "1", "--edits", "6")
