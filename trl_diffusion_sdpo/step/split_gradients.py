@@ -85,7 +85,8 @@ class SplitGradients:
         device = self._weights[0].device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             prediction = self.predict(predict, rows)
-            prediction[: rows // 2].sum().backward()
+            if self.trouble is None:
+                prediction[: rows // 2].sum().backward()
         if self.trouble is None and any(weight.grad is not None for weight in self._weights):
             self.trouble = "a trained weight is used outside of its module"
         if self.trouble is None and self._mixed and bool(torch.stack(self._mixed).any()):
