@@ -283,6 +283,8 @@ def docs_table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for mode, words in WORDS.items():
+        if ("lora", mode) not in rows:
+            continue
         cells = [words]
         for tuning in ("lora", "full"):
             row = rows[tuning, mode]
