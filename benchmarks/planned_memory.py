@@ -35,6 +35,10 @@ ACCUMULATION = f"{OUTPUT} --per_device_train_batch_size 2 --gradient_accumulatio
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
     "UNet, LoRA, checkpointing": ("unet", CHECKPOINTING),
+    "UNet, LoRA, every second block": (
+        "unet",
+        f'{CHECKPOINTING} --activation_checkpointing_kwargs {{"every_n_layers":2}}',
+    ),
     "UNet, full": ("unet", f"{OUTPUT} --per_device_train_batch_size 1"),
     "UNet, full, average, 4 pairs": ("unet", f"{OUTPUT} --per_device_train_batch_size 4 --ema_decay 0.99"),
     "UNet, full, parameter safeguard": ("unet", PARAMETER),

@@ -6,6 +6,8 @@ step per mode in random order, so that other load on the machine affects all mod
 median over rounds of its time divided by that of the same round's step without a safeguard.
 
     python benchmarks/safeguard_overhead.py --reference --output benchmarks/results/safeguard_overhead.json
+    python benchmarks/safeguard_overhead.py --reference --size proportions \
+        --output benchmarks/results/safeguard_overhead_one_pair.json
     python benchmarks/safeguard_overhead.py --write_table     # that file's table, into docs/safeguard.md
 """
 
@@ -25,6 +27,7 @@ import diffusers
 import torch
 import transformers
 from peft import LoraConfig
+from proportions import PROPORTIONS
 from random_pipeline import UNETS, build_pipeline, random_pairs
 from studies.tables import written
 from tqdm.auto import tqdm
@@ -38,6 +41,8 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {"safeguard": "none"},
     "output": {"safeguard": "output"},
     "parameter": {"safeguard": "parameter", "safeguard_kwargs": {"anchor": "branch"}},
+    # As under FSDP2, DeepSpeed and `torch_compile`.
+    "parameter, half batches": {"safeguard": "parameter", "safeguard_kwargs": {"anchor": "branch"}},
     "parameter, low memory": {
         "safeguard": "parameter",
         "safeguard_kwargs": {"anchor": "branch", "low_memory": True},
@@ -45,6 +50,8 @@ MODES: dict[str, dict[str, Any]] = {
     "parameter, error anchor": {"safeguard": "parameter", "safeguard_kwargs": {"anchor": "error"}},
 }
 PLAIN = "none"
+WHOLE = "parameter"
+PROPORTIONAL = "proportions"  # one pair, and a pipeline of `proportions.py`, as in `step_time.py`
 RESULTS = Path(__file__).parent / "results" / "safeguard_overhead.json"
 PAGE = Path(__file__).parents[1] / "docs/safeguard.md"
 # Mode -> its words in the table of docs/safeguard.md.
@@ -52,6 +59,7 @@ WORDS = {
     "none": "none",
     "output": "output space",
     "parameter": "parameter space, the default",
+    "parameter, half batches": "parameter space, half batches",
     "parameter, low memory": "parameter space, `low_memory: true`",
     "parameter, error anchor": "parameter space, `anchor: error`",
 }
@@ -111,14 +119,19 @@ class Meter(TrainerCallback):
         self.seconds: list[float] = []
         self.peaks: dict[str, int] = {}
         self.rest = 0
+        self._safeguards: dict[str, Any] = {}
         self._started = 0.0
         self._profiler: torch.profiler.profile | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
-        for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
+        mode = self.plan[state.global_step]
+        for name, value in (UNSET | MODES[mode]).items():
             setattr(self.trainer.args, name, value)
         self.trainer.pair_forward.loss_settings = loss_settings(self.trainer.args)
-        self.trainer._parameter_safeguard = self.trainer._make_parameter_safeguard()  # for this step's mode
+        self.trainer.pair_forward.by_halves = mode.startswith("parameter") and mode != WHOLE
+        if mode not in self._safeguards:  # each has its first step in a warm-up round
+            self._safeguards[mode] = self.trainer._make_parameter_safeguard()
+        self.trainer._parameter_safeguard = self._safeguards[mode]
         if args.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -191,9 +204,17 @@ def measure(options: argparse.Namespace, tuning: str, reference: bool, bar: tqdm
 def build_trainer(
     options: argparse.Namespace, tuning: str, reference: bool, steps: int, folder: str, meter: Meter
 ) -> DiffusionSDPOTrainer:
+    if options.size == PROPORTIONAL:
+        size = PROPORTIONS["sd15, lora" if tuning == "lora" else "sd15"]
+        pipeline, side = size.build(), size.pixels
+    else:
+        side = options.latents or UNETS[options.size]["sample_size"]
+        pipeline = build_pipeline(options.size, side)
     args = DiffusionSDPOConfig(
         folder,
         max_steps=steps,
+        resolution=side,
+        beta=5000.0 if reference else None,
         per_device_train_batch_size=options.batch,
         # SimPO has the same two branches and no reference.
         loss_type="sigmoid" if reference else "simpo",
@@ -207,10 +228,8 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    latents = options.latents or UNETS[options.size]["sample_size"]
-    pipeline = build_pipeline(options.size, latents)
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank) if tuning == "lora" else None
-    pairs = random_pairs(max(options.batch, 8), latents)
+    pairs = random_pairs(max(options.batch, 8), side)
     return DiffusionSDPOTrainer(pipeline, None, args, pairs, peft_config=lora, callbacks=[meter])
 
 
@@ -264,6 +283,8 @@ def docs_table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for mode, words in WORDS.items():
+        if ("lora", mode) not in rows:
+            continue
         cells = [words]
         for tuning in ("lora", "full"):
             row = rows[tuning, mode]
@@ -290,12 +311,12 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet (default: 28m)")
+    parser.add_argument("--size", choices=[*UNETS, PROPORTIONAL], default="28m", help="the UNet (default: 28m)")
     parser.add_argument("--latents", type=int, help="side of the latents (default: of the UNet)")
     parser.add_argument("--tuning", choices=["lora", "full", "both"], default="both")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument("--batch", type=int, help=f"pairs a step (default: 4; 1 with `--size {PROPORTIONAL}`)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
@@ -312,6 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--write_table", action="store_true", help="measure nothing; write the table of the docs")
     options = parser.parse_args(arguments)
+    if options.batch is None:
+        options.batch = 1 if options.size == PROPORTIONAL else 4
     if options.write_table:
         shown = docs_table(json.loads(RESULTS.read_text(encoding="utf-8")))
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), {"overhead": shown}), encoding="utf-8")

@@ -72,6 +72,22 @@ def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(trainer_of
     assert math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("name", STARTED)
+def test_a_whole_batch_takes_the_step_of_half_batches(trainer_of, name):
+    """Under plain SGD, to rounding. Models whose gradients cannot be split use half batches both times."""
+    moves = []
+    for halves in (False, True):
+        trainer = trainer_of(name, "lora", safeguard="parameter", optim="sgd", learning_rate=1e-2, max_steps=1)
+        trainer.pair_forward.by_halves = halves
+        before = [p.detach().clone() for p in trainer.denoiser.parameters() if p.requires_grad]
+        trainer.train()
+        after = [p.detach() for p in trainer.denoiser.parameters() if p.requires_grad]
+        moves.append(torch.cat([(new - old).flatten() for new, old in zip(after, before, strict=True)]))
+        print(f"{name}: halves {trainer.pair_forward.by_halves}")
+    assert moves[1].norm() > 0
+    assert (moves[0] - moves[1]).norm() <= 1e-3 * moves[1].norm()
+
+
 def test_chromas_mask_reaches_all_blocks_under_activation_checkpointing(trainer_of):
     """diffusers itself passes it to the blocks with two streams only: policy and reference would not agree."""
     trainer = trainer_of("chroma", "lora", activation_checkpointing=True, max_steps=1)

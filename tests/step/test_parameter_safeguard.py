@@ -7,9 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from step.walks import SGD, assert_same_step, batches_of, branches_by_hand, lambda_by_hand, moved, trained_step
+from torch import nn
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
+from trl_diffusion_sdpo.step.split_gradients import SplitGradients
 
 PARAMETER = {"safeguard": "parameter", "beta": 500.0, "safeguard_mu": 0.3, **SGD}
 TARGETS = ["to_q", "to_v"]
@@ -135,9 +137,10 @@ def test_past_its_target_dmpo_opposes_its_winner_and_lambda_is_zero(make_trainer
     assert_same_step(move, -1e-2 * winner)
 
 
-def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder):
+def test_every_order_of_the_passes_takes_the_same_step(make_trainer, sd_folder):
+    """Together, in half batches, and in half batches one after the other. The last two differ in no bit."""
     moves = []
-    for low_memory in (False, True):
+    for low_memory, halves in ((False, False), (False, True), (True, True)):
         trainer = make_trainer(
             moved(sd_folder),
             sd_folder,
@@ -147,7 +150,84 @@ def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder):
             per_device_train_batch_size=2,
             max_steps=1,
         )
+        assert trainer.pair_forward.by_halves == low_memory
+        trainer.pair_forward.by_halves = halves
         moves.append(trained_step(trainer)[1])
+        assert trainer.pair_forward.by_halves == halves
+    together, halves, one_after_the_other = moves
+    assert torch.equal(halves, one_after_the_other)
+    assert_same_step(together, halves.double())
+
+
+@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"bf16": True}])
+def test_gradients_of_a_whole_batch_are_split_under_checkpointing_and_autocast(make_trainer, sd_folder, settings):
+    moves = []
+    for halves in (False, True):
+        trainer = make_trainer(moved(sd_folder), sd_folder, **PARAMETER, **settings, max_steps=1)
+        trainer.pair_forward.by_halves = halves
+        moves.append(trained_step(trainer)[1])
+        assert trainer.pair_forward.by_halves == halves
+    tolerance = 5e-2 if "bf16" in settings else 1e-4
+    assert (moves[0] - moves[1]).norm() <= tolerance * moves[1].norm()
+
+
+# ---- Models whose gradients cannot be split -------------------------------------------------------------------------
+
+
+class RowsLast(nn.Module):
+    """Has the batch in its second dimension where its weight acts."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Direct(nn.Module):
+    """Also uses its weight outside of its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(x) * self.linear.weight.sum()
+
+
+class WithoutBatch(nn.Module):
+    """Uses its weight on an input without the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x + self.linear(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "is_split"), [(nn.Linear(3, 3), True), (RowsLast(), False), (Direct(), False), (WithoutBatch(), False)]
+)
+def test_a_model_whose_gradients_cannot_be_split_is_found_out(model, is_split):
+    split = SplitGradients(model, list(model.parameters()))
+    rows = torch.randn(4, 4, 3)
+    with split.active():
+        split.verify(lambda: model(rows), 4)
+    assert (split.trouble is None) == is_split
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+def test_a_model_whose_gradients_cannot_be_split_takes_the_step_of_half_batches(make_trainer, sd_folder, monkeypatch):
+    moves = []
+    for trouble in (True, False):
+        trainer = make_trainer(moved(sd_folder), sd_folder, **PARAMETER, max_steps=1)
+        trainer.pair_forward.by_halves = not trouble
+        with monkeypatch.context() as patch:
+            patch.setattr(SplitGradients, "verify", lambda self, *args: setattr(self, "trouble", "of a test"))
+            moves.append(trained_step(trainer)[1])
+        assert trainer.pair_forward.by_halves
     assert torch.equal(*moves)
 
 

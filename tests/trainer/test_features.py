@@ -6,6 +6,8 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from trl_diffusion_sdpo.models import denoiser_wrapper
+
 
 def final_weights(trainer) -> torch.Tensor:
     trainer.train()
@@ -84,6 +86,26 @@ def test_activation_checkpointing_changes_nothing_but_memory(make_trainer):
     )
     torch.testing.assert_close(final_weights(trainer), plain, rtol=1e-4, atol=1e-5)
     assert any(getattr(m, "gradient_checkpointing", False) for m in trainer.denoiser.modules())
+
+
+def test_checkpointing_every_second_block_gives_the_bits_of_checkpointing_all(make_trainer, monkeypatch):
+    checkpointed = []
+    original = denoiser_wrapper._checkpoint
+
+    def counting(settings, block, *args):
+        checkpointed.append(block)
+        return original(settings, block, *args)
+
+    monkeypatch.setattr(denoiser_wrapper, "_checkpoint", counting)
+    weights, blocks = [], []
+    for every in (1, 2):
+        settings = {"use_reentrant": False, "every_n_layers": every}
+        trainer = make_trainer(activation_checkpointing=True, activation_checkpointing_kwargs=settings)
+        weights.append(final_weights(trainer))
+        blocks.append(len(set(checkpointed)))
+        checkpointed.clear()
+    assert torch.equal(*weights)
+    assert blocks[1] == (blocks[0] + 1) // 2
 
 
 def test_evaluating_the_training_data_leaves_the_epoch_and_its_draws_alone(make_trainer, make_pairs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,7 @@ class GradientBackend(ABC):
     """
 
     retains_graph = True  # whether the engine allows two backward passes after one forward pass
+    splits_rows = False  # whether [`ReplicatedBackend.backward_at`] works, for gradients of parts of a batch
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
@@ -78,22 +79,35 @@ class ReplicatedBackend(GradientBackend):
     """Back end for one process or DDP. Every process accumulates full gradients of its own pairs, which are averaged
     once per optimizer step, in `all_reduced`."""
 
+    splits_rows = True
+
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self._model: Any = model
         self._accelerator = accelerator
-        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
+        return self.backward_at(self.weights, objective, into, retain_graph=retain_graph)
+
+    def backward_at(
+        self,
+        leaves: Sequence[torch.Tensor],
+        objective: torch.Tensor,
+        into: Gradient | None,
+        *,
+        retain_graph: bool = False,
+    ) -> Gradient:
+        """Do what [`GradientBackend.backward`] does, with the gradient at any tensors that have no autograd graph."""
         # Autograd adds the new gradient to `.grad` in place.
-        for weight, gradient in zip(self._weights, into or [None] * len(self._weights), strict=True):
-            weight.grad = gradient
+        for leaf, gradient in zip(leaves, into or [None] * len(leaves), strict=True):
+            leaf.grad = gradient
         scaler = self._accelerator.scaler
         scaled = objective if scaler is None else scaler.scale(objective)
         scaled.backward(retain_graph=retain_graph)
-        return [self._take(weight) for weight in self._weights]
+        return [self._take(leaf) for leaf in leaves]
 
     @staticmethod
-    def _take(weight: nn.Parameter) -> torch.Tensor | None:
+    def _take(weight: torch.Tensor) -> torch.Tensor | None:
         gradient = weight.grad
         weight.grad = None
         return gradient
@@ -102,13 +116,13 @@ class ReplicatedBackend(GradientBackend):
         if self._accelerator.num_processes == 1:
             return gradient
         # Some processes may lack a weight's gradient, but all must all-reduce equally many elements.
-        pairs = zip(gradient, self._weights, strict=True)
+        pairs = zip(gradient, self.weights, strict=True)
         full = [torch.zeros_like(weight) if tensor is None else tensor for tensor, weight in pairs]
         all_reduce_mean(full)
         return [*full]
 
     def set_gradient(self, gradient: Gradient) -> None:
-        for weight, tensor in zip(self._weights, gradient, strict=True):
+        for weight, tensor in zip(self.weights, gradient, strict=True):
             weight.grad = tensor
 
     def accumulating(self) -> contextlib.AbstractContextManager:
@@ -118,6 +132,8 @@ class ReplicatedBackend(GradientBackend):
 
 class Fsdp2Backend(ReplicatedBackend):
     """Back end for FSDP2. The backward pass itself averages gradients and leaves each process its shard."""
+
+    splits_rows = False
 
     def accumulating(self) -> contextlib.AbstractContextManager:
         # Otherwise FSDP2 would add up the gradients of winners and losers, unsharded, until the last micro-batch.

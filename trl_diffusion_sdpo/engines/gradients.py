@@ -9,24 +9,26 @@ import torch
 
 from .sharding import local_tensor
 
-CHUNK = 1 << 22  # elements converted to float64 at once on an accelerator; many, so that few kernels run
+CHUNK = 1 << 22  # elements in a float32 product on an accelerator; many, so that few kernels run
 CPU_CHUNK = 1 << 16  # the same on a CPU; few, so that they fit into its cache
 
 Gradient = list[torch.Tensor | None]
 
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
-    """Return the inner products of each two of `n` gradients, `(n, n)` in float64. Of sharded gradients, they cover
-    this process's shards only."""
+    """Return the inner products of each two of `n` gradients, `(n, n)` in float64: the sum of the products of chunks,
+    each in float32. Of sharded gradients, they cover this process's shards only."""
     first = next(tensor for tensor in gradients[0] if tensor is not None)
-    dtype = exact_dtype(first.device)
-    products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
+    places = tuple(torch.triu_indices(len(gradients), len(gradients)))
+    chunks: list[torch.Tensor] = []
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
-        rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
+        rows = [row[0] if len(row) == 1 else torch.cat(row) for row in pieces]
+        rows = [row.float() if row.element_size() < 4 else row for row in rows]
         # One matrix product would be slower for such long rows, and need a stacked copy of them.
-        for i, row in enumerate(rows):
-            for j in range(i, len(rows)):
-                products[i, j] += row @ rows[j]
+        chunks += [row @ other for i, row in enumerate(rows) for other in rows[i:]]
+    sums = torch.stack(chunks).view(-1, len(places[0])).sum(0, dtype=exact_dtype(first.device))
+    products = sums.new_zeros(len(gradients), len(gradients))
+    products[places] = sums
     return products.triu() + products.triu(1).T
 
 

@@ -59,19 +59,28 @@ class DenoiserWrapper(nn.Module):
 
         Args:
             activation_checkpointing_kwargs (`dict`, *optional*): Arguments of `torch.utils.checkpoint.checkpoint`, by
-                default those of diffusers.
+                default those of diffusers. They may contain the two below, as in the settings.
+            every_n_layers (`int`): Checkpoint only each `every_n_layers`-th block, and keep the activations of the
+                others. Blocks are what diffusers checkpoints: in a UNet, each residual and each attention block.
 
         Raises:
-            `ValueError`: If `every_n_layers` or `offload` is set: diffusers models support neither.
+            `ValueError`: If `every_n_layers` is not a whole number from 1 up, or `offload` is set, which diffusers
+                models do not support.
         """
-        if every_n_layers != 1 or offload:
+        settings = dict(activation_checkpointing_kwargs or {})
+        every = settings.pop("every_n_layers", every_n_layers)
+        offload = settings.pop("offload", offload)
+        if offload or not isinstance(every, int) or every < 1:
             raise UserError(
-                "`activation_checkpointing_kwargs` of a diffusers model must leave `every_n_layers` at 1 and "
-                f"`offload` off, got every_n_layers={every_n_layers}, offload={offload}. Leave both out."
+                "`activation_checkpointing_kwargs` of a diffusers model must have a whole number from 1 up as "
+                f"`every_n_layers`, and `offload` off, got every_n_layers={every}, offload={offload}. Change or leave "
+                "out both."
             )
         function: Any = None
-        if activation_checkpointing_kwargs:
-            function = functools.partial(_checkpoint, activation_checkpointing_kwargs)
+        if settings:
+            function = functools.partial(_checkpoint, settings)
+        if every > 1:
+            function = _EveryNth(every, function or functools.partial(_checkpoint, {}))
         if isinstance(self.denoiser, ChromaTransformer2DModel):
             function = _WithMask(function or functools.partial(_checkpoint, {}))
         self.denoiser.enable_gradient_checkpointing(function)
@@ -79,6 +88,20 @@ class DenoiserWrapper(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Call [`~DenoiserWrapper.activation_checkpointing_enable`]. transformers before 5.23 uses this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+class _EveryNth:
+    """Checkpointing function that checkpoints each n-th block, in the order of the first forward pass, beginning with
+    the first block. The others run as they are."""
+
+    def __init__(self, n: int, function: Callable[..., Any]):
+        self._n = n
+        self._function = function
+        self._numbers: dict[nn.Module, int] = {}
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        number = self._numbers.setdefault(block, len(self._numbers))
+        return block(*args) if number % self._n else self._function(block, *args)
 
 
 class _WithMask:

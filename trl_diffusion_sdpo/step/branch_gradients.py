@@ -12,10 +12,12 @@ The gradient of `mask_anchor` belongs to neither branch. It is summed apart, and
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from ..engines.gradient_backends import GradientBackend
+from ..engines.gradient_backends import GradientBackend, ReplicatedBackend
 from ..engines.gradients import Gradient, inner_products, subtract_scaled
 from ..losses import Anchor, parameter_scale
+from .split_gradients import SplitGradients
 
 WINNER = "winner"
 LOSER = "loser"
@@ -48,6 +50,22 @@ class BranchGradients:
         """
         accumulated = self.gradients.get(branch)
         self.gradients[branch] = self.backend.backward(objective, accumulated, retain_graph=retain_graph)
+
+    def split(self, denoiser: nn.Module) -> SplitGradients | None:
+        """Return what splits the gradients of a whole batch, or `None` where the engine needs one of winners and one of
+        losers."""
+        if not isinstance(self.backend, ReplicatedBackend) or not self.backend.splits_rows:
+            return None
+        return SplitGradients(denoiser, self.backend.weights)
+
+    def backward_split(self, objective: torch.Tensor, leaves: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+        """Run one backward pass from `objective`, whose gradient at the two lists of [`SplitGradients.leaves`] is that
+        of the winners and that of the losers, the latter with the sign of [`~BranchGradients.backward`]."""
+        assert isinstance(self.backend, ReplicatedBackend), "Of the other back ends, `splits_rows` is false."
+        winners, losers = leaves
+        into = [*self.gradients[WINNER], *self.gradients[LOSER]] if self.gradients else None
+        both = self.backend.backward_at([*winners, *losers], objective, into)
+        self.gradients = {WINNER: both[: len(winners)], LOSER: both[len(winners) :]}
 
     @torch.no_grad()
     def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

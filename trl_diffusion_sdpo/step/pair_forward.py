@@ -188,6 +188,8 @@ class PairForward:
         autocast (`Callable`): Returns the context in which denoisers predict.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Controller that scales the losers'
             gradients in each noise bin (`winner_budget`).
+        by_halves (`bool`): Whether a training step with `safeguard="parameter"` predicts winners and losers in two half
+            batches, instead of all in one. It may change when the first step shows that it must.
     """
 
     def __init__(
@@ -199,8 +201,10 @@ class PairForward:
         loss: LossSettings,
         autocast: Callable[[], contextlib.AbstractContextManager],
         budget: BudgetController | None = None,
+        by_halves: bool = False,
     ):
         self.family = frozen.family
+        self.by_halves = by_halves
         self.reference = reference
         self.budget = budget
         self.noise_settings = noise
@@ -435,12 +439,10 @@ class PairForward:
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
         """Return the reference's mean squared errors on a batch of the collator, `(2B,)` in float32.
 
-        The forward passes have the batches of training or evaluation, so that errors round equally: with
-        `safeguard="parameter"`, one for winners and one for losers.
+        The forward passes have the batches of training or evaluation, so that errors round equally.
         """
         batch = self.noisy_batch(inputs)
-        by_branch = training and self.loss_settings.safeguard == "parameter"
-        batches = batch.halves() if by_branch else (batch,)
+        batches = batch.halves() if training and self.by_halves else (batch,)
         predicted = self.predict_reference(model, batches)
         assert predicted is not None, "A reference with precomputed errors can predict before training."
         return mean_error(batch.residual(torch.cat(predicted)))

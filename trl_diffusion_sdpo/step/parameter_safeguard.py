@@ -1,9 +1,16 @@
-"""Training with `safeguard="parameter"`: separate forward and backward passes for winners and losers."""
+"""Training with `safeguard="parameter"`: separate gradients for winners and losers.
+
+Where they can be split ([`SplitGradients`]), winners and losers share a forward and a backward pass. Elsewhere, they
+have separate ones, in two half batches.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +21,8 @@ from ..utils.errors import UserError
 from .branch_gradients import ANCHOR, LOSER, OUTSIDE, WINNER, BranchGradients
 from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, PairPredictions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,17 +36,18 @@ class _Branch:
 @dataclass(frozen=True)
 class _Branches:
     """Inputs of the backward passes of a micro-batch. `predictions` has detached copies (leaves) of the predictions,
-    from which the loss is computed."""
+    from which the loss is computed. `whole` is the prediction for winners and losers together, if there is one."""
 
     model: nn.Module
     winners: _Branch
     losers: _Branch
     predictions: PairPredictions
+    whole: torch.Tensor | None = None
 
 
 class ParameterSafeguard:
-    """Safeguard in parameter space: one backward pass for winners and one for losers, whose gradients give one lambda
-    (factor of the losers' gradient) per optimizer step.
+    """Safeguard in parameter space: the separate gradients of winners and losers, which give one lambda (factor of the
+    losers' gradient) per optimizer step.
 
     For each micro-batch, call [`~ParameterSafeguard.predict_pairs`], compute the loss of the predictions, and call
     [`~ParameterSafeguard.backward_branches`]. After the last micro-batch of an optimizer step, call
@@ -47,6 +57,8 @@ class ParameterSafeguard:
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         low_memory (`bool`): Whether to hold the activations of winners and losers one after the other, for one more
             forward pass of the losers.
+        verified (`bool`): Whether the gradients of a whole batch are known to be separable ([`SplitGradients.verify`]).
+            Otherwise, the first micro-batch finds it out.
     """
 
     def __init__(
@@ -57,17 +69,24 @@ class ParameterSafeguard:
         *,
         sorts_by_scores: bool,
         low_memory: bool,
+        verified: bool = False,
     ):
         self.gradients = gradients
+        self._split = None if forward.by_halves else gradients.split(forward.family.denoiser)
+        forward.by_halves = self._split is None
+        self._verified = verified
         self._forward = forward
         self._meter = meter
         self._sorts_by_scores = sorts_by_scores
         self._low_memory = low_memory
         self._predicted: list[_Branches] = []  # the predicted micro-batch; removed by its backward pass
 
-    def accumulating(self) -> contextlib.AbstractContextManager:
-        """Return the context in which to run the forward and backward passes of a micro-batch."""
-        return self.gradients.backend.accumulating()
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Run the forward and backward passes of a micro-batch within this context."""
+        splitting = contextlib.nullcontext() if self._split is None else self._split.active()
+        with self.gradients.backend.accumulating(), splitting:
+            yield
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
         """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. Their `policy` is a detached copy
@@ -83,6 +102,41 @@ class ParameterSafeguard:
             batch = batch.take(order)
             facts["scores"] = scores[order]
             facts["reference_errors"] = None if errors is None else errors[order]
+        whole = self._predict_whole(model, batch, facts)
+        return self._predict_halves(model, batch, facts) if whole is None else whole
+
+    def _predict_whole(self, model: nn.Module, batch: NoisyBatch, facts: dict[str, Any]) -> PairPredictions | None:
+        """Return the predictions for winners and losers together. If their gradients cannot be split, return `None`,
+        and use half batches from now on."""
+        split = self._split
+        if split is None:
+            return None
+        rows = len(batch.noisy)
+        predict = partial(self._forward.predict, model, batch)
+        if not self._verified:
+            split.verify(predict, rows)
+            self._verified = True
+        if split.trouble is None:
+            references = self._forward.predict_reference(model, [batch])
+            reference = None if references is None else references[0]
+            prediction = split.predict(predict, rows)
+        if split.trouble is not None:
+            logger.info(
+                'With `safeguard="parameter"`, winners and losers are predicted in two half batches, which takes '
+                "longer than one batch: %s.",
+                split.trouble,
+            )
+            self._forward.by_halves = True
+            self._split = None
+            return None
+        leaf = prediction.detach().requires_grad_()
+        predictions = PairPredictions(batch, leaf, reference, **facts)
+        winners, losers = (_Branch(half, None) for half in batch.halves())
+        self._predicted = [_Branches(model, winners, losers, predictions, prediction)]
+        return predictions
+
+    def _predict_halves(self, model: nn.Module, batch: NoisyBatch, facts: dict[str, Any]) -> PairPredictions:
+        """Return the predictions for winners and for losers, one after the other."""
         winners, losers = batch.halves()
         references = self._forward.predict_reference(model, [winners, losers])
         with torch.set_grad_enabled(not self._low_memory):
@@ -116,6 +170,11 @@ class ParameterSafeguard:
         scale = self._output_scale(branches.predictions, at_leaf)
         self._meter.add({"safeguard/scale_output": scale}, len(leaf) // 2)
         grad_winner, grad_loser = at_leaf.chunk(2)
+        if branches.whole is not None:
+            assert self._split is not None
+            signed = torch.cat([grad_winner, -grad_loser])
+            self.gradients.backward_split(share * (branches.whole * signed).sum(), self._split.leaves)
+            return
         winner_grads = {WINNER: grad_winner}
         loser_grads = {LOSER: -grad_loser}
         if self.gradients.anchor == "error":

@@ -85,6 +85,7 @@ from .config.complete import (
     largest_batch,
     loss_settings,
     pairs_of_a_step,
+    predicts_halves,
     refuse_dropout,
     stored_crops,
 )
@@ -409,6 +410,7 @@ class DiffusionSDPOTrainer(Trainer):
             loss=loss_settings(args),
             autocast=self.engine.autocast,
             budget=budget,
+            by_halves=predicts_halves(args, denoiser, self.loss_spec),
         )
         self.winner_budget = None
         if budget is not None:

@@ -25,7 +25,7 @@ from ...step.meters import MetricMeter
 from ...step.pair_forward import NoiseSettings, PairForward
 from ...step.parameter_safeguard import ParameterSafeguard
 from ...trainer import DiffusionSDPOConfig
-from ...trainer.config.complete import image_sizes, loss_settings
+from ...trainer.config.complete import image_sizes, loss_settings, predicts_halves
 from ...utils._compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -140,6 +140,7 @@ def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[di
 
 
 def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, int], int]:
+    denoiser = run.family.denoiser
     allocations = Allocations(block_size(device))
     for module in (*run.denoisers.values(), *run.frozen):
         allocations.ignore([*module.parameters(), *module.buffers()])
@@ -148,7 +149,13 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
     components: Any = SimpleNamespace(family=run.family, in_use=lambda: contextlib.nullcontext(run.family))
     process: Any = OneProcess(run.autocast)
     forward = MeasuredForward(
-        allocations, components, run.reference, noise=run.noise, loss=loss, autocast=process.autocast
+        allocations,
+        components,
+        run.reference,
+        noise=run.noise,
+        loss=loss,
+        autocast=process.autocast,
+        by_halves=run.engine.rounds_weights or predicts_halves(run.args, denoiser, run.args.loss_spec),
     )
     with allocations:
         inputs = _batch(run)
@@ -191,12 +198,14 @@ def _by_branch(
         MetricMeter(),
         sorts_by_scores=args.loss_spec.needs_scores,
         low_memory=args.safeguard_settings.low_memory,
+        verified=True,  # it would read values, which fake tensors lack
     )
     for _ in range(2 if args.gradient_accumulation_steps > 1 else 1):
-        with allocations.phase(FORWARD):
-            loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
-        with allocations.phase(BACKWARD):
-            safeguard.backward_branches(loss, share=1.0)
+        with safeguard.accumulating():
+            with allocations.phase(FORWARD):
+                loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
+            with allocations.phase(BACKWARD):
+                safeguard.backward_branches(loss, share=1.0)
         del loss
     with allocations.phase(OPTIMIZER):
         gradients.combine()

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ...data.buckets import AspectRatioBuckets
 from ...data.images import ImageReader, UndecodableImageError, UnreadableImageError
 from ...data.transforms import INTERPOLATION
-from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
+from ...engines.engine_settings import by_engine, check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import PARAMETER_MU, Family
 from ...families.inversion import Inversion, InversionSettings, inversion_of
 from ...families.noise import TimestepSampling
@@ -29,6 +29,7 @@ from ...losses import LOSSES, LossSpec, loss_weights_by_name
 from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
 from ...step.pair_forward import LossSettings, NoiseSettings
+from ...step.split_gradients import SplitGradients
 from ...utils._compat import activation_checkpointing, checkpoints_activations
 from ...utils.errors import UserError
 from ...utils.files import user_cache
@@ -135,6 +136,17 @@ def check_and_complete(
         )
     inversion = checked_inversion(args, family, timesteps)
     return NoiseSettings(timesteps, args.noise_offset, inversion)
+
+
+def predicts_halves(args: DiffusionSDPOConfig, denoiser: nn.Module, loss: LossSpec) -> bool:
+    """Return whether a training step predicts winners and losers in two half batches: with `safeguard="parameter"`,
+    where more than one gradient of a branch is needed, or one backward pass cannot give the gradients of both."""
+    if args.safeguard != "parameter":
+        return False
+    settings = args.safeguard_settings
+    several = bool(args.mask_anchor) or (settings.anchor or loss.anchor) == "error"
+    whole_modules = args.torch_compile or by_engine(args) or not SplitGradients.fits(denoiser)
+    return settings.low_memory or several or whole_modules
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
