@@ -686,6 +686,18 @@ def start_up(results: dict[str, Any]) -> str:
     return markdown(["Pairs", "First start", "Later starts", "As a stream"], lines)
 
 
+def first_epoch(results: dict[str, Any]) -> str:
+    """What a run of one epoch costs when it fills a cache."""
+    names = {"drawn": "encodes the flips that it draws", "all": "encodes each image plain and mirrored"}
+    lines = []
+    for name, label in names.items():
+        low, middle, high = statistics.quantiles(results["ratios"][name], n=4, method="inclusive")
+        kib = results["bytes"][name] / results["pairs"] / 1024
+        lines.append([label, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{kib:.1f} KiB"])
+    columns = ["A run that", "CPU time over a run without a cache", "Quartiles", "Cache, a pair"]
+    return markdown(columns, lines, f"{len(results['seconds']['live'])} rounds, {results['pairs']} pairs")
+
+
 # ---- The table of tables --------------------------------------------------------------------------------------------
 
 
@@ -727,6 +739,7 @@ TABLES = {
     "pair_flops": Table(pair_flops, (f"{BENCHMARKS}/pair_flops.json",)),
     "step_time": Table(step_time, (f"{BENCHMARKS}/step_time.json",)),
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
+    "first_epoch": Table(first_epoch, (f"{BENCHMARKS}/first_epoch.json",)),
     "start_up": Table(start_up, (f"{BENCHMARKS}/data_loading.json",)),
 }
 # Tables that another program writes between the same markers -> that program, and its results.

@@ -72,6 +72,15 @@ def test_every_way_to_read_rows_is_measured(tmp_path):
 
 
 @pytest.mark.matrix
+def test_a_first_epoch_is_measured_with_and_without_a_cache(tmp_path):
+    file = tmp_path / "epoch.json"
+    run("first_epoch.py", "--rounds", "1", "--per_prompt", "1", "--output", str(file))
+    found = json.loads(file.read_text())
+    assert found["bytes"]["all"] > 1.8 * found["bytes"]["drawn"] > 0 == found["bytes"]["live"]
+    assert found["ratios"]["drawn"][0] == found["seconds"]["drawn"][0] / found["seconds"]["live"][0]
+
+
+@pytest.mark.matrix
 def test_reading_a_large_cache_is_measured_in_every_process(tmp_path):
     file = tmp_path / "cache.json"
     shown = run("large_cache.py", "--quick", "--output", str(file))

@@ -16,10 +16,11 @@ from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.transforms import PairDraws
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
-from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
+from trl_diffusion_sdpo.trainer.components import epochs_of_run, pair_encoding, place_frozen_components
 from trl_diffusion_sdpo.trainer.run_data import prepare_pairs
 from trl_diffusion_sdpo.utils import identity
 
@@ -106,7 +107,7 @@ def test_two_epochs_are_those_without_a_cache_and_the_next_run_reads_no_image_an
     """Losses, metrics, evaluations and weights are equal to the bit, with flips and dropped prompts."""
     logs, weights, _ = walk(make_trainer)
     first_logs, first_weights, first = walk(make_cached)
-    assert first.encoding.report.encoded_images == 2 * 2 * 12 + 2 * 6  # training images plain and mirrored
+    assert first.encoding.report.encoded_images == images_drawn(first, 12, epochs=2) + 2 * 6
     assert first.encoding.report.encoded_prompts == 13 + 7  # with the empty one
     monkeypatch.setattr(ImageReader, "decode", no_image)
     monkeypatch.setattr(LoadedModel, "load_encoders", no_weights)
@@ -118,6 +119,55 @@ def test_two_epochs_are_those_without_a_cache_and_the_next_run_reads_no_image_an
     parts = [getattr(again.family.pipeline, name) for name in again.family.frozen_components]
     assert all(weight.is_meta for part in parts for weight in part.parameters())
     assert files_of(first) == files_of(again)
+
+
+def images_drawn(trainer, pairs, epochs):
+    """Return how many images the epochs draw if those of all pairs differ. A mirrored image is another."""
+    seed = trainer.train_dataset.seed
+    flips = [{PairDraws.from_key(seed, epoch, pair).flip < 0.5 for epoch in range(epochs)} for pair in range(pairs)]
+    return 2 * sum(map(len, flips))
+
+
+def test_a_run_encodes_what_it_draws_and_a_longer_one_adds_the_rest(make_trainer, make_cached, make_pairs):
+    """A run that reads the cache meanwhile goes on, and the cache is in the end as if the longer run had made it."""
+    given = {"train": make_pairs(12), "per_device_train_batch_size": 4}
+    live, short = make_trainer(**given), make_cached(max_steps=3, **given)
+    assert short.encoding.report.encoded_images == images_drawn(short, 12, epochs=1) == 24
+    assert_equal_batches(live, short, [0])
+    with pytest.raises(ValueError, match="`num_train_epochs`"):
+        list(batches(short, range(1, 5)))
+    with pytest.raises(ValueError, match="`eval_dataset`"):
+        [short.train_dataset.for_evaluation()[pair] for pair in range(12)]
+
+    two = make_cached(max_steps=6, **given)
+    drawn = images_drawn(two, 12, epochs=2)
+    assert two.encoding.report.encoded_images == drawn - 24 and two.encoding.report.images == drawn
+    assert_equal_batches(live, two, [0, 1])
+    long = make_cached(max_steps=30, **given)
+    assert long.encoding.report.encoded_images == 48 - drawn and long.encoding.report.encoded_prompts == 0
+    assert_equal_batches(live, long, range(10))
+    assert_equal_batches(live, short, [0])
+
+    at_once = make_cached(max_steps=30, precompute_dir=long.args.output_dir, **given)
+    assert at_once.encoding.report.encoded_images == 48
+    assert contents(files_of(at_once)) == contents(files_of(long))
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ({"max_steps": 3}, 1),
+        ({"max_steps": 4}, 2),
+        ({"max_steps": -1, "num_train_epochs": 1.5}, 2),
+        ({"max_steps": 1, "gradient_accumulation_steps": 4}, 1),
+        ({"max_steps": 2, "gradient_accumulation_steps": 2}, 2),
+        ({"max_steps": 1, "winner_budget": 0.1}, None),
+        ({"max_steps": 1, "precompute_ref_errors": True, "precompute_epochs": 2}, 2),
+    ],
+)
+def test_the_epochs_of_a_run_are_never_too_few(settings, epochs, make_trainer, make_pairs):
+    trainer = make_trainer(train=make_pairs(12), per_device_train_batch_size=4, **settings)
+    assert epochs_of_run(trainer.args, trainer.train_dataset) == epochs
 
 
 CASES = {"one pair": (1, {}), "bfloat16": (4, {"vae_dtype": "bfloat16"})}
@@ -137,7 +187,7 @@ def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
 ):
     """SDXL's conditioning has the corner of each crop."""
     given = {"model": sdxl_folder, "train": make_pairs(8, size=(24, 40)), "random_crop": True}
-    live, cached = make_trainer(**given), make_cached(precompute_epochs=2, **given)
+    live, cached = make_trainer(**given), make_cached(precompute_epochs=2, max_steps=9, **given)
     assert_equal_batches(live, cached, [0, 1])
     (first, draws), (third, other_draws) = (next(batches(cached, [epoch])) for epoch in (0, 2))
     assert torch.equal(first["time_ids"], third["time_ids"]) and draws[0] != other_draws[0]
@@ -394,7 +444,7 @@ def test_images_that_wait_for_their_shard_keep_no_files_open(make_cached, make_p
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
     try:
-        trainer = make_cached(train=make_pairs(100), dataloader_num_workers=1)
+        trainer = make_cached(train=make_pairs(100), dataloader_num_workers=1, max_steps=900)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert trainer.encoding.report.encoded_images == 400  # plain and mirrored

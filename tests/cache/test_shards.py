@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -157,6 +158,49 @@ def test_a_reader_keeps_four_bytes_a_row(tmp_path):
     tracemalloc.stop()
     assert kept < 20 * count, f"{kept / count:.0f} bytes a row"
     assert len(pickle.dumps(store)) < 4 * count + 10_000  # what a spawned worker gets
+
+
+@pytest.fixture
+def listed(store, monkeypatch):
+    """A store whose shards were listed into a file, and a list of the shards that are opened from now on."""
+    monkeypatch.setattr(shards, "LISTED_ROWS", 0)
+    assert missing(store) == []
+    opened = []
+    rows_in = ShardStore._rows_in
+    monkeypatch.setattr(ShardStore, "_rows_in", lambda self, file: opened.append(file) or rows_in(self, file))
+    return opened
+
+
+def test_a_finished_store_is_checked_by_one_file_which_its_readers_share(store, listed, tmp_path):
+    again = ShardStore(tmp_path, {"vae": "a"}, ROWS)
+    assert missing(again) == [] and listed == []
+    assert_whole(again)
+    spawned = pickle.loads(pickle.dumps(again))
+    assert spawned.read(5).keys() == row_of(5).keys() and len(pickle.dumps(again)) < 4000
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def test_a_store_that_has_changed_is_listed_anew(store, listed, tmp_path):
+    (store.path / "000001.safetensors").unlink()
+    assert missing(store) == [4, 5, 6, 7] and len(listed) == 2
+    write(store, 1, range(4, 8))
+    assert missing(store) == [] and len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def test_a_shard_that_cannot_be_read_is_found_by_the_next_start(store, listed, tmp_path):
+    """Its size is no entry of the folder, so the list of shards still has it."""
+    file = store.path / "000001.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="Row 5"):
+        store.read(5)
+    assert missing(ShardStore(tmp_path, {"vae": "a"}, ROWS)) == [4, 5, 6, 7]
+
+
+def test_rows_that_a_run_does_not_read_are_not_missing(store, tmp_path):
+    (store.path / "000001.safetensors").unlink()
+    odd = ShardStore(tmp_path, {"vae": "a"}, ROWS, lambda: np.arange(ROWS) % 2 == 1)
+    assert missing(odd) == [5, 7] and odd.present == 6 and not odd.has(5)
+    assert odd.rows_in_shard(1) == {} and set(odd.rows_in_shard(2)) == {8, 9}
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut off"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +64,16 @@ class ImageRows:
     def __len__(self) -> int:
         return self.variants * len(self.sources)
 
-    def of_image(self, image: int) -> list[int]:
-        """Return the row numbers of all variants of an image."""
-        return list(range(image, len(self), len(self.sources)))
+    def drawn(self, epochs: int) -> np.ndarray:
+        """Return a mask of the rows that training reads in its first `epochs` epochs, `(len(self),)`."""
+        drawn = np.zeros((self.variants, len(self.sources)), dtype=bool)
+        if self.crops is not None:
+            drawn[:epochs] = True
+        else:
+            for epoch, pair in itertools.product(range(epochs), range(len(self.images))):
+                draws = PairDraws.from_key(self.seed, epoch, pair)
+                drawn[int(self.is_mirrored(draws, epoch, pair)), self.images[pair]] = True
+        return drawn.ravel()
 
     def draws_of(self, row: int) -> PairDraws:
         """Return the random numbers that decide how the image in a row is flipped and cropped."""
@@ -139,8 +147,16 @@ class EncodedPairs:
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
+            ValueError: If the run should not have drawn these flips or crops.
         """
-        read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
+        rows = self.rows.of_pair(pair, draws, epoch, loser)
+        if not all(map(self.images.has, rows)):
+            raise UserError(
+                "A cache has those flips and crops of training images that the epochs of the run draw, and pair "
+                f"{pair} now needs others. To train for more epochs, set `num_train_epochs` or `max_steps` before you "
+                "make the trainer. To evaluate on training pairs, pass them as `eval_dataset`."
+            )
+        read = list(map(self.images.read, rows))
         if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
         original, corner, target = zip(*(image[SIZES].tolist() for image in read), strict=True)

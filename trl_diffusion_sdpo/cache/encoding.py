@@ -4,7 +4,9 @@ read it."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ PROMPTS = "prompts"  # subfolder
 SHARD_PIXELS = 256 * 512 * 512  # number of image pixels per shard file. A killed process loses at most one shard
 SHARD_IMAGES = 256  # largest number of encoded images per shard file, because reading a row lists the shard's names
 SHARD_PROMPTS = 64
+FEW_EPOCHS = 2  # in more of them, training draws nearly all images plain and mirrored
 IMAGES_AT_ONCE = range(2, 9)  # images per VAE batch. Within this range, a batch has at most `PIXELS_AT_ONCE` pixels
 PROMPTS_AT_ONCE = range(4, 17)  # prompts per batch. Below 4, CPUs round matrix products differently
 
@@ -59,6 +62,8 @@ class EncodingSettings:
     device: torch.device  # device that encodes the images
     size: tuple[int, int]  # height and width of the images
     crops: int  # number of random crops of each image; unused if crops are centered
+    # Returns the number of epochs in which training reads a data set, or `None` if all flips and crops may be read.
+    epochs: Callable[[PreferenceDataset], int | None]
     largest_batch: int  # number of pairs in the largest batch of training and evaluation
     # Returns an iterable of a data set's items in order, from the data set, the pairs that it reads from, and the size
     # of an item in bytes.
@@ -147,7 +152,7 @@ class PairEncoding:
             rows,
             texts,
             digests,
-            images=ShardStore(self.folder / LATENTS, images, len(rows)),
+            images=ShardStore(self.folder / LATENTS, images, len(rows), self._drawn(dataset, rows)),
             prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts)),
             statistics=ShardStore(
                 self.folder / LATENTS,
@@ -155,6 +160,13 @@ class PairEncoding:
                 int(bool(family.latent_statistics())),
             ),
         )
+
+    def _drawn(self, dataset: PreferenceDataset, rows: ImageRows) -> Callable[[], np.ndarray] | None:
+        """Return what lists the rows that training reads, or `None` if it reads all or nearly all of them."""
+        epochs = self._settings.epochs(dataset) if dataset.is_for_training else None
+        if rows.variants == 1 or epochs is None or epochs > FEW_EPOCHS or dataset.has_sources or dataset.draws_losers:
+            return None
+        return functools.cache(partial(rows.drawn, epochs))
 
     def _use(self, dataset: PreferenceDataset, cache: _Cache) -> None:
         family = self._frozen.family
@@ -164,7 +176,7 @@ class PairEncoding:
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
         encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(encoded)
-        self.report.images += len(cache.rows)
+        self.report.images += cache.images.present
         self.report.prompts += len(cache.texts)
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
@@ -197,30 +209,34 @@ class PairEncoding:
     def _encode_images(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the images. One shard contains all crops and flips of an image."""
+        """Encode this process's share of the images. One shard has all crops and flips of its images that some run has
+        read."""
         rows, (height, width) = cache.rows, self._settings.size
         count, variants = len(rows.sources), rows.variants
         size = max(1, min(SHARD_IMAGES, SHARD_PIXELS // (height * width)) // variants)  # number of images in a shard
-        numbers = _own_share(missing % count // size, self._peers)
-        shards = [range(count)[number * size : (number + 1) * size] for number in numbers]
-        images = np.concatenate([np.arange(0), *map(np.array, shards)])  # an array, because workers would copy a list
-        decoded = _Results(partial(_decoded_variants, dataset, rows), images)
-        loaded = iter(self._settings.load(decoded, dataset, variants * 3 * height * width) if len(images) else ())
+        missing = missing[np.argsort(missing % count, kind="stable")]  # all variants of an image one after the other
+        shard_of = missing % count // size
+        numbers = _own_share(shard_of, self._peers)
+        missing = missing[np.isin(shard_of, numbers)]
+        starts = np.flatnonzero(np.diff(missing % count, prepend=-1))  # of the rows of each image
+        parts = np.stack([starts, np.append(starts[1:], len(missing))[: len(starts)]], axis=1)
+        decoded = _Results(partial(_decoded_variants, dataset, rows, missing), parts)  # workers would copy a list
+        loaded = self._settings.load(decoded, dataset, variants * 3 * height * width) if len(missing) else ()
         undecodable: list[tuple[int, str]] = []
-        with _progress("Encoding images", variants * len(images), self._peers) as bar:
-            for number, shard in zip(numbers, shards, strict=True):
+        encoded = zip((missing[slice(*part)] for part in parts.tolist()), loaded, strict=True)
+        with _progress("Encoding images", len(missing), self._peers) as bar:
+            for number, of_shard in itertools.groupby(encoded, lambda entry: int(entry[0][0]) % count // size):
                 waiting = _ImageBatches(partial(self._moments, family), bar)
-                for image in shard:
-                    item = next(loaded)
+                for of_image, item in of_shard:
                     if isinstance(item, UndecodableImageError):
-                        pair = int(rows.sources[image, 0])
+                        pair = int(rows.sources[of_image[0] % count, 0])
                         undecodable.append((pair, f"pair {pair}: {item}"))
-                        waiting.leave_out(rows.of_image(image))
+                        waiting.leave_out(of_image.tolist())
                         continue
-                    for row, (pixels, sizes) in zip(rows.of_image(image), item, strict=True):
+                    for row, (pixels, sizes) in zip(of_image.tolist(), item, strict=True):
                         waiting.add(row, pixels, sizes)
-                cache.images.write(number, waiting.finished())
-        return variants * len(images), undecodable
+                cache.images.write(number, cache.images.rows_in_shard(number) | waiting.finished())
+        return len(missing), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
         """Encode this process's share of the prompts. Prompts are encoded one by one if batches would change their
@@ -386,13 +402,16 @@ class _Results(Dataset):
             return type(error)(str(error))  # a new error, without references to the image
 
 
-def _decoded_variants(dataset: PreferenceDataset, rows: ImageRows, image: int) -> list[tuple[torch.Tensor, list[Any]]]:
-    """Decode an image, and return pixels and sizes for each of its crops and flips.
+def _decoded_variants(
+    dataset: PreferenceDataset, rows: ImageRows, missing: np.ndarray, part: np.ndarray
+) -> list[tuple[torch.Tensor, list[Any]]]:
+    """Decode an image, and return pixels and sizes for each of its crops and flips in a part of the `missing` rows.
 
     The sizes are no tensors. They wait until the shard is full, and each tensor of a worker would keep a file open.
     """
-    pair, side = rows.sources[image].tolist()
-    variants = dataset.image_variants(pair, side, [rows.draws_of(row) for row in rows.of_image(image)])
+    of_image = missing[slice(*part.tolist())].tolist()
+    pair, side = rows.sources[of_image[0] % len(rows.sources)].tolist()
+    variants = dataset.image_variants(pair, side, [rows.draws_of(row) for row in of_image])
     return [(pixels, [*sizes, tuple(pixels.shape[1:])]) for pixels, *sizes in variants]
 
 

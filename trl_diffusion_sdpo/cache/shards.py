@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ KEY_FILE = "key.json"
 LOCK_FILE = ".lock"
 PARTIAL = ".partial"  # ending of the names of unfinished files
 OF_DATA = ("data", "prompts")  # entries of keys that say of which data the rows are
+LISTED_ROWS = 20_000  # a smaller cache is listed in a second
 OPEN_SHARDS = 64  # Linux allows a process 65,530 memory maps, and millions of pairs have more shards
 POLL_SECONDS = 5.0  # time between two attempts to get a lock that another run has
 
@@ -47,30 +48,106 @@ class ShardStore:
         folder (`Path`): Subfolder of `precompute_dir`.
         key (`Mapping`): Everything that the rows depend on, as values for JSON.
         rows (`int`): Number of rows that the store has when it is complete.
+        needed (`Callable`, *optional*): Returns a mask of the rows that this run reads, `(rows,)`. By default, it reads
+            all.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], rows: int, needed: Callable[[], np.ndarray] | None = None
+    ) -> None:
         self._key = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1, default=str) + "\n"
         self.path = Path(folder) / hashlib.sha256(self._key.encode()).hexdigest()[:16]
         self._shard_of = np.full(rows, -1, dtype=np.int32)  # number of the shard with each row, or -1 for none
+        self._needed = needed
 
     def __len__(self) -> int:
         return len(self._shard_of)
 
+    @property
+    def present(self) -> int:
+        """Number of rows that the shards contained when [`missing`] listed them."""
+        return int(np.count_nonzero(self._shard_of >= 0))
+
+    def has(self, row: int) -> bool:
+        """Return whether a shard contained the row when [`missing`] listed them."""
+        return bool(self._shard_of[row] >= 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the table of rows to its file, which spawned workers map too."""
+        state = self.__dict__ | {"_needed": None}
+        return state | {"_shard_of": self._listed()} if isinstance(self._shard_of.base, np.memmap) else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._shard_of, Path):
+            self._shard_of = np.asarray(np.load(self._shard_of, mmap_mode="r", allow_pickle=False))
+
     def missing(self) -> np.ndarray:
-        """List the shards in the folder, and return the numbers of the rows that none contains. A damaged or foreign
-        shard gets a warning, and its rows count as missing."""
-        self._shard_of.fill(-1)
+        """Return the numbers of the rows that this run reads and no shard in the folder contains. A damaged or foreign
+        shard gets a warning, and its rows count as missing.
+
+        The shards are listed once, and again when the folder changes.
+        """
         _open.cache_clear()
         with self._naming_the_folder():
-            numbers = sorted(int(file.stem) for file in self.path.glob("*.safetensors") if file.stem.isdecimal())
-            for number in numbers:
-                file = self._file(number)
-                try:
-                    self._shard_of[self._rows_in(file)] = number
-                except (SafetensorError, ValueError) as error:
-                    logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
-        return np.flatnonzero(self._shard_of == -1)
+            if not self._read_listed():
+                self._list_shards()
+        missing = np.flatnonzero(self._shard_of == -1)
+        if len(missing) and self._needed is not None:
+            missing = missing[self._needed()[missing]]
+        return missing
+
+    def _list_shards(self) -> None:
+        if self._shard_of.flags.writeable:
+            self._shard_of.fill(-1)
+        else:
+            self._shard_of = np.full(len(self), -1, dtype=np.int32)
+        listed, is_whole = self._listed(), True
+        for number in sorted(int(file.stem) for file in self.path.glob("*.safetensors") if file.stem.isdecimal()):
+            file = self._file(number)
+            try:
+                self._shard_of[self._rows_in(file)] = number
+            except (SafetensorError, ValueError) as error:
+                logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
+                is_whole = False
+        if is_whole and len(self) >= LISTED_ROWS and listed == self._listed():  # nobody has written meanwhile
+            self._forget_listed()
+            with contextlib.suppress(OSError):  # a complete cache may be read-only
+                write_atomically(listed, partial(np.save, arr=self._shard_of, allow_pickle=False))
+
+    def _read_listed(self) -> bool:
+        """Map the table of rows that was written when the folder was as it is now. Return whether there is one."""
+        try:
+            table = np.load(self._listed(), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            return False
+        if table.shape != (len(self),) or table.dtype != np.int32:
+            return False
+        self._shard_of = np.asarray(table)
+        return True
+
+    def _listed(self) -> Path:
+        """Return the file of the table of rows. Its name has the time at which the folder's entries last changed."""
+        changed = self.path.stat().st_mtime_ns if self.path.exists() else 0
+        return self.path.with_name(f"{self.path.name}.{changed}.npy")
+
+    def _forget_listed(self) -> None:
+        with contextlib.suppress(OSError):
+            for file in self.path.parent.glob(f"{self.path.name}.*.npy"):
+                file.unlink()
+
+    def rows_in_shard(self, number: int) -> dict[int, dict[str, torch.Tensor]]:
+        """Return the rows of a shard, or none if there is no such shard or it is damaged."""
+        rows: dict[int, dict[str, torch.Tensor]] = {}
+        try:
+            self._rows_in(self._file(number))
+            with safe_open(self._file(number), "pt") as shard:
+                for entry in shard.keys():  # noqa: SIM118
+                    row, _, name = entry.partition(".")
+                    rows.setdefault(int(row), {})[name] = shard.get_tensor(entry)
+        except (OSError, SafetensorError, ValueError):
+            return {}
+        return rows
 
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Write a shard. Two processes must not write shards of the same number at the same time. Raise
@@ -91,6 +168,7 @@ class ShardStore:
                 return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
         except (OSError, SafetensorError) as error:
             problem = error
+            self._forget_listed()  # so that the next start looks into every shard
         raise UserError(
             f"Row {row} of the cache {self.path} cannot be read: {problem}. A cache must stay as it is while a run "
             "reads it. Start the run again, which computes the missing rows."

@@ -414,6 +414,11 @@ class PreferenceDataset(Pairs):
         return self._options.seed
 
     @property
+    def draws_losers(self) -> bool:
+        """Whether losers are drawn from other pairs."""
+        return self._losers is not None
+
+    @property
     def is_for_training(self) -> bool:
         return self._options.training
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..cache.encoding import EncodingSettings, PairEncoding
 from ..cache.key import EncoderKey
 from ..cache.reference_errors import ErrorSettings, ReferenceErrors
 from ..data.batch_loaders import BatchLoaders, load_one_by_one
+from ..data.dataset import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, shards_weights
 from ..engines.processes import peers
@@ -35,7 +37,7 @@ from ..step.pair_forward import PairForward
 from ..utils._compat import attention_backends, compile_with_eager_rounding
 from ..utils.errors import UserError
 from ..utils.identity import describe_component, hash_of_tensors, public_config
-from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
+from .config.complete import image_size, largest_batch, pairs_of_a_step, precompute_folder, stored_crops
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 from .config.model_arguments import VaeDtype
 
@@ -250,11 +252,27 @@ def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPO
         device=args.device,
         size=image_size(args),
         crops=args.precompute_epochs,
+        epochs=partial(epochs_of_run, args),
         largest_batch=largest_batch(args),
         load=partial(load_one_by_one, args),
         peers=peers(args),
     )
     return PairEncoding(frozen, key, settings)
+
+
+def epochs_of_run(args: DiffusionSDPOConfig, dataset: PreferenceDataset) -> int | None:
+    """Return how many epochs of a data set training reads at most, or `None` if it may read any flip or crop."""
+    if args.winner_budget is not None:
+        return None  # its probe may be of training images, plain and cropped at the center
+    if args.precompute_ref_errors:
+        return args.precompute_epochs
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    group = pairs_of_a_step(args, args.train_batch_size)
+    sampler: Any = dataset.sampler(group, shuffled=True, drop_last=args.dataloader_drop_last)
+    pairs = len(sampler)
+    steps = pairs // (args.train_batch_size * args.world_size) // args.gradient_accumulation_steps
+    return math.ceil(args.max_steps / max(1, steps))
 
 
 def make_reference_errors(
