@@ -83,16 +83,22 @@ class SplitGradients:
         device."""
         self._mixed = []
         device = self._weights[0].device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            prediction = self.predict(predict, rows)
-            if self.trouble is None:
-                prediction[: rows // 2].sum().backward()
+        try:
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+                prediction = self.predict(predict, rows)
+                if self.trouble is None:
+                    prediction[: rows // 2].sum().backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as an operation in place on the output of a module
+            self.trouble = f"autograd refuses it ({str(error).splitlines()[0]})"
         if self.trouble is None and any(weight.grad is not None for weight in self._weights):
             self.trouble = "a trained weight is used outside of its module"
         if self.trouble is None and self._mixed and bool(torch.stack(self._mixed).any()):
             self.trouble = "the batch is not the first dimension in every module"
         self._mixed = None
         for weight in self._weights:
+            weight.requires_grad_(True)  # also after an error within a module
             weight.grad = None
 
     def _before(self, module: nn.Module, args: Any) -> Any:
