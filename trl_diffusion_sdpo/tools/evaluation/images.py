@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +49,10 @@ from .scales import scaled
 
 Noise = Literal["prompt", "shared"]
 Protocol = Literal["authors"]
+ImageToWrite = tuple[Path, Image.Image, str, int]  # with its prompt and seed
 SETTINGS_FILE = "settings.json"
 SCORES_FOLDER = "scores"
+PNG_LEVEL = 1  # of compression: faster than PIL's default, for somewhat larger files
 _FORMAT = 2  # of the settings file; images of earlier formats are not used again
 
 logger = logging.getLogger(__name__)
@@ -186,7 +189,7 @@ def _generate(
         logger.warning("%s: %s", candidate.name, note)
     bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
     vae_precision = contextlib.nullcontext() if settings.protocol is None else in_own_precision(pipeline.vae)
-    with bar, vae_precision, scaled(candidate, pipeline, family.denoiser, reference):
+    with bar, vae_precision, scaled(candidate, pipeline, family.denoiser, reference), writing_images() as write:
         for batch in batches:
             texts = [prompts[index] for index, _ in batch]
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
@@ -197,8 +200,8 @@ def _generate(
                     f"The {type(pipeline).__name__} of {candidate.name} cannot draw with the `call_kwargs` "
                     f"{call_kwargs}: {error}"
                 ) from error
-            for image, text, row in zip(images, texts, batch, strict=True):
-                write_atomically(image_path(folder, candidate.name, *row), png_bytes(image, text, row[1]))
+            paths = [image_path(folder, candidate.name, *row) for row in batch]
+            write([*zip(paths, images, texts, (seed for _, seed in batch), strict=True)])
             bar.update(len(batch))
 
 
@@ -305,13 +308,38 @@ def record_settings(target: Path, facts: dict[str, Any]) -> None:
     write_description(path, facts)
 
 
+@contextlib.contextmanager
+def writing_images() -> Iterator[Callable[[Sequence[ImageToWrite]], None]]:
+    """Yield a function that writes images in a thread, in their order, while the caller draws the next ones.
+
+    One batch waits at most: the function first waits for the batch before, and raises its error. So does leaving the
+    context.
+    """
+    waiting: list[Future[None]] = []
+
+    def write(images: Sequence[ImageToWrite]) -> None:
+        if waiting:
+            waiting.pop().result()
+        waiting.append(thread.submit(_write, images))
+
+    with ThreadPoolExecutor(1, "images") as thread:
+        yield write
+        if waiting:
+            waiting.pop().result()
+
+
+def _write(images: Sequence[ImageToWrite]) -> None:
+    for path, image, prompt, seed in images:
+        write_atomically(path, png_bytes(image, prompt, seed))
+
+
 def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
     """Return an image as the bytes of a PNG file, with prompt and seed in the metadata."""
     text = PngInfo()
     text.add_itxt("prompt", prompt)
     text.add_text("seed", str(seed))
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", pnginfo=text)
+    image.convert("RGB").save(buffer, "PNG", pnginfo=text, compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 

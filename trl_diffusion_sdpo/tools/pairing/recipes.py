@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from ...data.images import ImageReader, UndecodableImageError
 from ...models.generation import call_options, draw_images, quiet_copy
 from ...utils.errors import UserError
-from ...utils.files import file_facts, write_atomically
+from ...utils.files import file_facts
 from ..evaluation import Candidate
 from ..evaluation.images import (
     ImageSettings,
     facts_of,
     load_candidate,
     peers_of_this_run,
-    png_bytes,
     record_settings,
+    writing_images,
 )
 from .manifest import ListedImage, read_manifest, write_manifest
 from .publish import ALIGNED_ADVICE, write_dataset
@@ -157,22 +157,23 @@ class _Losers:
         seed = self.settings.seeds[0]
         for kind in self.kinds:
             self.file(kind, 0).parent.mkdir(parents=True, exist_ok=True)
-        for index in tqdm(indices, desc=self.recipe, unit="image"):
-            prompt = self.listed[index].prompt
-            winner = _winner(self.source / self.listed[index].name, size)
-            if winner is None:
-                continue
-            made = {"chosen": winner}
-            inputs = {"image": winner, "strength": self.strength, "width": winner.width, "height": winner.height}
-            if self.recipe == "local":
-                made["mask"] = region(winner.size, np.random.default_rng([index, seed]))
-                inputs["mask_image"] = made["mask"]
-            inputs = {name: value for name, value in inputs.items() if name in accepted}
-            generator = self.settings.generator(f"{index}\n{prompt}", seed)
-            loser = draw_images(pipeline, prompt, generator, **inputs, **options)[0].resize(winner.size)
-            made["rejected"] = Image.composite(loser, winner, made["mask"]) if self.recipe == "local" else loser
-            for kind, image in made.items():  # the loser is last: if its file exists, so do the others
-                write_atomically(self.file(kind, index), png_bytes(image, prompt, seed))
+        with writing_images() as write:
+            for index in tqdm(indices, desc=self.recipe, unit="image"):
+                prompt = self.listed[index].prompt
+                winner = _winner(self.source / self.listed[index].name, size)
+                if winner is None:
+                    continue
+                made = {"chosen": winner}
+                inputs = {"image": winner, "strength": self.strength, "width": winner.width, "height": winner.height}
+                if self.recipe == "local":
+                    made["mask"] = region(winner.size, np.random.default_rng([index, seed]))
+                    inputs["mask_image"] = made["mask"]
+                inputs = {name: value for name, value in inputs.items() if name in accepted}
+                generator = self.settings.generator(f"{index}\n{prompt}", seed)
+                loser = draw_images(pipeline, prompt, generator, **inputs, **options)[0].resize(winner.size)
+                made["rejected"] = Image.composite(loser, winner, made["mask"]) if self.recipe == "local" else loser
+                # The loser is last: if its file exists, so do the others.
+                write([(self.file(kind, index), image, prompt, seed) for kind, image in made.items()])
 
     def write(self, pairs: Sequence[int]) -> None:
         """Write the manifest, the pairs and the card."""
