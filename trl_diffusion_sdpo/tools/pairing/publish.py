@@ -38,7 +38,7 @@ PICKED = "Pairs of images of equal prompts, of which a person picked the better 
 ALIGNED_ADVICE = (
     "The chosen and the rejected image of these pairs share most of their content. Train on them with the default "
     "safeguard, `safeguard: parameter` with `safeguard_mu: 0.8`, and never without one: on a small test model, plain "
-    "Diffusion-DPO raised the denoising error on chosen images elevenfold to sixtyfold, and the tuned model's images "
+    "Diffusion-DPO raised the denoising error on chosen images tenfold to sixtyfold, and the tuned model's images "
     "were worse than the base model's. If the accuracy on held-out pairs stays near 0.5, raise the learning rate "
     "before you lower `safeguard_mu`."
 )
