@@ -39,7 +39,7 @@ OPTIMIZERS = {
 }
 # Temporary bytes per value of torchao's step, which takes one weight after the other: compiled, or at most so many where
 # it is not.
-ONE_WEIGHT = 48
+ONE_WEIGHT = 58
 # Bytes per weight of a quantized linear layer. With 4 bits, each block of 64 weights also has a float32 scale.
 STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 
