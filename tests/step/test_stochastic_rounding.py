@@ -59,7 +59,6 @@ def test_within_the_backward_pass_after_it_and_resumed_are_one_walk(make_trainer
     checkpoint = tmp_path / "c" / "checkpoint-2"
     shutil.copytree(tmp_path / "a" / "checkpoint-2", checkpoint)
     resumed = make_trainer(output_dir=str(checkpoint.parent), **common, **saving, **IN_BACKWARD)
-    torch.manual_seed(99)
     resumed.train(str(checkpoint))
     assert_equal(weights_of(within), weights_of(resumed))
 

@@ -613,6 +613,8 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.prepare()
         self._engine_ready = True
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_state(resume_from_checkpoint)
         self._leave_backward()
         if self._steps_in_backward:
             plain = unwrapped(self.optimizer)
@@ -622,8 +624,6 @@ class DiffusionSDPOTrainer(Trainer):
                 "The optimizer steps within the backward pass, so gradients take no memory: nothing accumulates, clips "
                 "or combines them."
             )
-        if resume_from_checkpoint is not None:
-            self._load_optimizer_state(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
         # The one of an earlier `train` has another wrapper of the model. Made here, it refuses an engine early.
