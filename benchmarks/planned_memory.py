@@ -32,6 +32,8 @@ LORA = f"--use_peft --lora_r 16 {OUTPUT}"
 CHECKPOINTING = f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true"
 PARAMETER = "--per_device_train_batch_size 2 --safeguard parameter"
 ACCUMULATION = f"{OUTPUT} --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+BF16 = "--dtype bfloat16 --bf16 --optim adamw_torch_8bit --optim_args bf16_stochastic_round=True"
+BF16 += f" {OUTPUT} --precompute_ref_errors"
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
     "UNet, LoRA, checkpointing": ("unet", CHECKPOINTING),
@@ -43,6 +45,14 @@ CASES = {
     "UNet, full, average, 4 pairs": ("unet", f"{OUTPUT} --per_device_train_batch_size 4 --ema_decay 0.99"),
     "UNet, full, parameter safeguard": ("unet", PARAMETER),
     "UNet, full, one branch at a time": ("unet", f'{PARAMETER} --safeguard_kwargs {{"low_memory":true}}'),
+    "UNet, full, bf16 weights, accumulation": (
+        "unet",
+        f"{BF16} --per_device_train_batch_size 1 --gradient_accumulation_steps 2",
+    ),
+    "UNet, full, bf16 weights, optimizer in backward": (
+        "unet",
+        f"{BF16} --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --max_grad_norm 0",
+    ),
     "transformer, LoRA": ("transformer", f"{LORA} --per_device_train_batch_size 2"),
     "transformer, LoRA, checkpointing": ("transformer", CHECKPOINTING),
     "transformer, full, accumulation": ("transformer", ACCUMULATION),
@@ -106,7 +116,8 @@ def living_storages() -> dict[int, int]:
     gc.collect()
     storages = {}
     for held in gc.get_objects():
-        if issubclass(type(held), torch.Tensor) and not held.is_meta and not isinstance(held, FakeTensor):
+        is_wrapper = hasattr(type(held), "__tensor_flatten__")  # its parts are tensors too
+        if issubclass(type(held), torch.Tensor) and not (held.is_meta or isinstance(held, FakeTensor) or is_wrapper):
             storage = held.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return storages
@@ -138,6 +149,8 @@ def written(kind: str, words: str, size: str, folder: Path) -> tuple[list[str], 
     common += f" --max_steps {STEPS} --save_strategy no --report_to none --disable_tqdm true --logging_strategy no"
     if kind == "transformer":
         common += f" {WITHOUT_T5}"
+    if "--precompute" in words:
+        common += f" --precompute_dir {folder / 'computed'}"
     return f"{common} {words}".split(), side
 
 

@@ -15,7 +15,8 @@ EMA_ADAPTER = "ema"
 class EMAWeights(WeightCopy):
     """Exponential moving average of the policy's trained weights.
 
-    It is a second LoRA on the same denoiser if a LoRA (`adapter`) trains, and a second denoiser in full tuning.
+    It is a second LoRA on the same denoiser if a LoRA (`adapter`) trains, and a second denoiser in full tuning, always
+    in float32: half precision would lose the small moves.
 
     Args:
         decay (`float`): Decay in `average = decay * average + (1 - decay) * weights`, in `(0, 1)`.
@@ -29,7 +30,7 @@ class EMAWeights(WeightCopy):
         if adapter is not None:
             second: SecondAdapter | SecondDenoiser = SecondAdapter(denoiser, adapter, EMA_ADAPTER, engine)
         else:
-            second = SecondDenoiser(second_copy(denoiser, shared=shared), denoiser, engine)
+            second = SecondDenoiser(second_copy(denoiser, shared=shared).float(), denoiser, engine)
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from ..cache.encoding import EncodingSettings, PairEncoding
 from ..cache.key import EncoderKey
@@ -34,6 +36,7 @@ from ..models.reference import PrecomputedReference, Reference, build_reference
 from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
+from ..step.stochastic_rounding import ADVICE, rounds_at_random
 from ..utils._compat import attention_backends, compile_with_eager_rounding
 from ..utils.errors import UserError
 from ..utils.identity import describe_component, hash_of_tensors, public_config
@@ -86,9 +89,12 @@ def load_policy(
 
 
 def choose_trained_weights(
-    loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
+    loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig, *, own_optimizer: bool = False
 ) -> tuple[str | None, bool]:
     """Add a LoRA if `peft_config` is set and no LoRA was loaded, and freeze all weights that do not train.
+
+    Args:
+        own_optimizer (`bool`): Whether the user passes an optimizer. The one in `args` then has no effect.
 
     Returns:
         The name of the LoRA that trains (`None` in full tuning), and whether it is new.
@@ -116,11 +122,7 @@ def choose_trained_weights(
                 )
     halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
     if halves and adapter is None:
-        raise UserError(
-            "Full tuning needs float32 weights, because small updates would be lost in half precision. Got "
-            f"{', '.join(halves)}. Load the model with `dtype='float32'`, and set `bf16=True` to compute in half "
-            "precision."
-        )
+        check_half_weights(halves, args, own_optimizer=own_optimizer)
     if halves and autocast_dtype(args.mixed_precision) is None:
         raise UserError(
             "A LoRA trains in float32, and goes with a half-precision base model only under autocast. Got a base model "
@@ -138,6 +140,40 @@ def choose_trained_weights(
     else:
         train_only_adapter(denoiser, adapter)
     return adapter, added
+
+
+def check_half_weights(halves: list[str], args: DiffusionSDPOConfig, *, own_optimizer: bool) -> None:
+    """Raise `ValueError` if full tuning would lose small updates, or round policy and reference differently.
+
+    Args:
+        halves (`list[str]`): Names of the half-precision dtypes of the denoiser's weights.
+        own_optimizer (`bool`): Whether the user passes an optimizer.
+    """
+    float32 = "Load the model with `dtype='float32'`, and set `bf16=True` to compute in half precision"
+    got = f"Got {', '.join(halves)}"
+    if own_optimizer or not rounds_at_random(args):
+        optimizer = "an optimizer object" if own_optimizer else f"`optim={str(OptimizerNames(args.optim).value)!r}`"
+        raise UserError(
+            "Full tuning needs float32 weights, or bf16 weights and an optimizer that rounds them at random: rounding "
+            f"to the nearest value loses small updates. {got} and {optimizer}. {float32}; or, to save memory, load it "
+            f"in bfloat16 and set {ADVICE}."
+        )
+    if halves != ["torch.bfloat16"] or autocast_dtype(args.mixed_precision) is not torch.bfloat16:
+        raise UserError(
+            "Stochastic rounding needs bf16 weights that compute under bf16 autocast. "
+            f"{got} and `mixed_precision={args.mixed_precision!r}`. Load the model with `dtype='bfloat16'`, and set "
+            "`bf16=True`."
+        )
+    if by_engine(args):
+        raise UserError(
+            f"Full tuning with DeepSpeed or FSDP needs float32 weights, of which each process holds a part. {got}. "
+            f"{float32}."
+        )
+    if args.sync_ref_model:
+        raise UserError(
+            "A reference that follows the policy (`sync_ref_model`) needs float32 weights, because it moves by small "
+            f"steps too. {got}. {float32}, or leave `sync_ref_model` out."
+        )
 
 
 def disable_dropout(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
@@ -30,6 +31,7 @@ from ..data.stream_position import READ, StreamPosition, load_position, save_pos
 from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
+from ..engines.gradient_backends import unwrapped
 from ..engines.processes import check_agreement, failing_together, peers
 from ..engines.sharding import full_tensor
 from ..losses import NOISE_BINS, BudgetController, PreferenceLossOutput
@@ -60,6 +62,7 @@ from ..step.meters import MetricMeter
 from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs, seeds_of_draws
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
+from ..step.stochastic_rounding import WeightByWeight, may_step_in_backward, rounds_at_random, weight_by_weight
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs
 from ..utils._compat import check_trainer
 from ..utils.disk import naming_the_disk
@@ -103,6 +106,7 @@ SAME_IN_ALL_PROCESSES = (
     "num_train_epochs",
     "learning_rate",
     "optim",
+    "optim_args",
     "per_device_eval_batch_size",
     "eval_strategy",
     "eval_steps",
@@ -233,10 +237,11 @@ class DiffusionSDPOTrainer(Trainer):
         # The model, and all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
-        self._build_components(loaded, ref_model, args, peft_config)
+        self._build_components(loaded, ref_model, args, peft_config, own_optimizer=optimizers[0] is not None)
 
         # State that training and evaluation change.
         self._engine_ready = False
+        self._gradient_hooks: list[RemovableHandle] = []  # while the optimizer steps within backward passes
         self._parameter_safeguard: ParameterSafeguard | None = None
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
@@ -271,9 +276,12 @@ class DiffusionSDPOTrainer(Trainer):
         # A user may pass a callback that handles signals. The last one replaces the others' handlers.
         passed = [each for each in self.callback_handler.callbacks if isinstance(each, CheckpointOnInterrupt)]
         self.interrupt = passed[-1] if passed else CheckpointOnInterrupt()
+        alone = self.engine.name == "plain" and self.accelerator.num_processes == 1
+        self._steps_in_backward = alone and optimizers[0] is None and may_step_in_backward(args)
         self._finite = FiniteCheck(
             self.interrupt.exchange,
-            before_backward=self.engine.steps_in_backward and args.safeguard != "parameter",
+            before_backward=self._steps_in_backward
+            or (self.engine.steps_in_backward and args.safeguard != "parameter"),
         )
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
@@ -337,9 +345,16 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def _build_components(
-        self, loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, peft_config: PeftConfig | None
+        self,
+        loaded: LoadedModel,
+        ref_model: Any,
+        args: DiffusionSDPOConfig,
+        peft_config: PeftConfig | None,
+        *,
+        own_optimizer: bool,
     ) -> None:
-        """Build all components that need no `Accelerator`, and fill in unset settings of `args`.
+        """Build all components that need no `Accelerator`, and fill in unset settings of `args`. `own_optimizer` says
+        whether the user passes an optimizer.
 
         Raises:
             `ValueError`: If model, reference and settings do not go together.
@@ -354,7 +369,7 @@ class DiffusionSDPOTrainer(Trainer):
         weights_before = fingerprint(base_tensors(denoiser))
         described = describe_pipeline(self.pipeline, [loaded.family.denoiser_name], weights=fingerprint)
         self._pipeline_facts = {**described, "denoiser": public_config(denoiser.config)}
-        self.adapter, added = choose_trained_weights(loaded, peft_config, args)
+        self.adapter, added = choose_trained_weights(loaded, peft_config, args, own_optimizer=own_optimizer)
 
         # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
         self.reference = make_reference(
@@ -577,7 +592,10 @@ class DiffusionSDPOTrainer(Trainer):
             self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
             with stopping_on_interrupt(self.interrupt, self.callback_handler, self.args):
                 self.precompute_reference_errors()
-                return super().train(point, *args, **kwargs)
+                try:
+                    return super().train(point, *args, **kwargs)
+                finally:
+                    self._leave_backward()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare the model as transformers does, then set up what needs it in the engine's wrapper."""
@@ -599,11 +617,35 @@ class DiffusionSDPOTrainer(Trainer):
         self._engine_ready = True
         if resume_from_checkpoint is not None:
             self._load_optimizer_state(resume_from_checkpoint)
+        self._leave_backward()
+        if self._steps_in_backward:
+            plain = unwrapped(self.optimizer)
+            assert isinstance(plain, WeightByWeight)
+            self._gradient_hooks = plain.step_in_backward()
+            logger.info(
+                "The optimizer steps within the backward pass, so gradients take no memory: nothing accumulates, clips "
+                "or combines them."
+            )
         if self.engine.casts_weights:
             self.family.settle_dtype()
         # The one of an earlier `train` has another wrapper of the model. Made here, it refuses an engine early.
         self._parameter_safeguard = self._make_parameter_safeguard()
         return prepared
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """Return transformers' choice of optimizer and its settings. One that rounds at random steps weight by
+        weight."""
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if rounds_at_random(args):
+            return weight_by_weight(optimizer), {**settings, "seed": args.seed}
+        return optimizer, settings
+
+    def _leave_backward(self) -> None:
+        """Stop stepping the optimizer within backward passes."""
+        for hook in self._gradient_hooks:
+            hook.remove()
+        self._gradient_hooks = []
 
     @property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
@@ -754,6 +796,8 @@ class DiffusionSDPOTrainer(Trainer):
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
+        if self._gradient_hooks:
+            grad_norm = cast(WeightByWeight, unwrapped(self.optimizer)).gradient_norm()
         norm = full_tensor(super()._get_grad_norm(model, grad_norm))  # under FSDP2, the norm is a DTensor
         if self.state.global_step == self._first_step and norm is not None:
             is_zero = torch.zeros((), device=self.args.device) + norm == 0

@@ -10,7 +10,7 @@ from typing import Any
 from .errors import UserError
 
 # Our extra -> the module that it installs.
-EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
+EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes", "bf16": "torchao"}
 
 # Beginnings of warnings that need no action. PEFT prints the first for a second adapter, which this package adds on
 # purpose for the reference. torch prints the second on machines without a GPU, and the third because transformers

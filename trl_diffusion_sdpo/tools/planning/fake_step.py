@@ -24,6 +24,7 @@ from ...step.branch_gradients import BranchGradients
 from ...step.meters import MetricMeter
 from ...step.pair_forward import NoiseSettings, PairForward
 from ...step.parameter_safeguard import ParameterSafeguard
+from ...step.stochastic_rounding import may_step_in_backward
 from ...trainer import DiffusionSDPOConfig
 from ...trainer.config.complete import image_sizes, loss_settings, predicts_halves
 from ...utils._compat import (
@@ -56,6 +57,11 @@ class PlannedRun:
     def autocast(self) -> torch.dtype | None:
         """Dtype of autocast, or `None` without autocast."""
         return autocast_dtype(self.args.mixed_precision)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether the optimizer steps each weight within the backward pass, and frees its gradient."""
+        return self.engine.name == "single_gpu" and may_step_in_backward(self.args)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -164,7 +170,7 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
         else:
             hooks = []
             for weight in run.trained:
-                if run.engine.divides("gradients"):
+                if run.engine.divides("gradients") or run.steps_in_backward:
                     hooks.append(weight.register_post_accumulate_grad_hook(_drop_gradient))
                 elif run.args.gradient_accumulation_steps > 1:
                     weight.grad = torch.empty_like(weight)
@@ -179,7 +185,7 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:
-    """Delete a gradient as soon as it is complete: the plan adds its shard itself."""
+    """Delete a gradient as soon as it is complete: the optimizer has used it, or the plan adds its shard itself."""
     weight.grad = None
 
 

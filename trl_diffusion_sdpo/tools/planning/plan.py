@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.training_args import OptimizerNames
 
+from ...step.stochastic_rounding import LOW_BITS
 from ...utils._compat import FakeTensorMode
 from ...utils.errors import UserError
 from .allocations import block_size, rounded
@@ -36,6 +37,9 @@ OPTIMIZERS = {
     "paged_adamw_8bit": (0, 0),
     "paged_adamw_32bit": (0, 0),
 }
+# Temporary bytes per value of torchao's step, which takes one weight after the other: compiled, or at most so many where
+# it is not.
+ONE_WEIGHT = 58
 # Bytes per weight of a quantized linear layer. With 4 bits, each block of 64 weights also has a float32 scale.
 STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 
@@ -70,7 +74,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     engine, family = run.engine, run.family
     trained = sum(weight.numel() for weight in run.trained)
-    states, temporary = (round(trained * size) for size in _optimizer_bytes(OptimizerNames(run.args.optim).value))
+    states, temporary = _optimizer_bytes(run)
 
     # Compute the tensors that stay between steps.
     components = _weights(run, block_size(device))
@@ -95,7 +99,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     peaks, gradients = measure_step(run, device, mode)
     phases = {name: peaks.get(name, 0) for name in (ENCODE, FORWARD, BACKWARD)}
     phases[FORWARD] += passes
-    phases[BACKWARD] += passes
+    phases[BACKWARD] += passes + (temporary if run.steps_in_backward else 0)
     left = engine.share("gradients", gradients)
     step = left + engine.share("optimizer", temporary)
     phases[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
@@ -125,13 +129,26 @@ def table(plans: Mapping[str, Plan]) -> str:
     return "\n".join(lines)
 
 
-def _optimizer_bytes(name: str) -> tuple[float, float]:
-    if name not in OPTIMIZERS:
+def _optimizer_bytes(run: PlannedRun) -> tuple[int, int]:
+    """Return the bytes of the optimizer's states, and of temporary tensors in its step."""
+    optimizer = OptimizerNames(run.args.optim)
+    if optimizer in LOW_BITS:
+        # A state has a byte or half a byte for each value, a float32 scale for each block of 256 values, and a float32
+        # table of the values that its codes stand for. Those of small weights stay in float32.
+        bits = LOW_BITS[optimizer]
+        sizes = [weight.numel() for weight in run.trained]
+        coded = [size for size in sizes if size >= 4096 and size % 256 == 0]
+        state = sum(coded) * bits / 8 + sum(coded) * 4 / 256 + len(coded) * 4 * 2**bits
+        return 2 * round(state + 4 * (sum(sizes) - sum(coded))), ONE_WEIGHT * max(sizes, default=0)
+    if optimizer.value not in OPTIMIZERS:
         raise UserError(
-            f"A plan can only compute the memory of these optimizers: {', '.join(OPTIMIZERS)}. Got `optim={name}`. Set "
+            "A plan can only compute the memory of these optimizers: "
+            f"{', '.join([*OPTIMIZERS, *(name.value for name in LOW_BITS)])}. Got `optim={optimizer.value}`. Set "
             "`optim` to an optimizer of this list."
         )
-    return OPTIMIZERS[name]
+    trained = sum(weight.numel() for weight in run.trained)
+    states, temporary = OPTIMIZERS[optimizer.value]
+    return round(trained * states), round(trained * temporary)
 
 
 def _weights(run: PlannedRun, block: int) -> dict[str, int]:
