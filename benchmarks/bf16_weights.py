@@ -4,12 +4,10 @@ All train the demo's small model on its pairs, with the published safeguard, und
 weights have AdamW states in 8 bits. Held-out pairs are evaluated before, during and after training.
 
     python benchmarks/bf16_weights.py          # three seeds, ten to twenty minutes of one CPU core; needs torchao
-    python benchmarks/bf16_weights.py --table  # the table of the stored results
 """
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -80,29 +78,12 @@ def measure(kind: str, seed: int, steps: int, folder: str) -> list[dict[str, flo
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: the last evaluation of each kind, as the mean of the seeds and their range."""
-    lines = ["| Weights | Loss | Winners' error, change | Losers' error, change | Accuracy | Weights that moved |"]
-    lines.append(f"|---{5 * '|---:'}|")
-    names = ("eval_loss", "eval_errors/winner_change", "eval_errors/loser_change", "eval_rewards/accuracies", "moved")
-    for kind in KINDS:
-        last = [row["evaluations"][-1] for row in rows if row["kind"] == kind]
-        cells = [[run[name] for run in last] for name in names]
-        shown = [f"{statistics.fmean(cell):.4f} ({min(cell):.4f} to {max(cell):.4f})" for cell in cells[:4]]
-        lines.append(f"| {kind} | {' | '.join(shown)} | {statistics.fmean(cells[4]):.0%} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the table of the stored results")
     options = parser.parse_args(arguments)
-    if options.table:
-        print(table(json.loads(options.output.read_text(encoding="utf-8"))))
-        return 0
     torch.set_num_threads(1)
     rows = []
     for seed in range(options.seeds):
@@ -114,7 +95,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(kind, seed, evaluations[-1], f"{time.process_time() - started:.0f} s of CPU", flush=True)
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
     return 0
 
 

@@ -686,6 +686,29 @@ def start_up(results: dict[str, Any]) -> str:
     return markdown(["Pairs", "First start", "Later starts", "As a stream"], lines)
 
 
+def bf16_weights(results: list[dict[str, Any]]) -> str:
+    """What bf16 weights lose to float32 ones, with both ways to round."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in results):
+        runs = [row["evaluations"] for row in results if row["kind"] == kind]
+        last = [run[-1] for run in runs]
+        rises = [
+            100 * end["eval_errors/winner_change"] / run[0]["eval_errors/winner"]
+            for run, end in zip(runs, last, strict=True)
+        ]
+        cells = []
+        for values, form in (
+            ([end["eval_loss"] for end in last], ".3f"),
+            (rises, "+.1f"),
+            ([end["eval_rewards/accuracies"] for end in last], ".2f"),
+        ):
+            spread = f" ({min(values):{form}} to {max(values):{form}})" if values[1:] else ""
+            cells.append(f"{statistics.mean(values):{form}}{spread}")
+        moved = statistics.mean(end["moved"] for end in last)
+        lines.append([kind, str(len(runs)), *cells, f"{moved:.0%}"])
+    return markdown(["Weights", "Seeds", "Loss", "Winners' error, %", "Accuracy", "Weights that moved"], lines)
+
+
 def first_epoch(results: dict[str, Any]) -> str:
     """What a run of one epoch costs when it fills a cache."""
     names = {"drawn": "encodes the flips that it draws", "all": "encodes each image plain and mirrored"}
@@ -739,6 +762,7 @@ TABLES = {
     "pair_flops": Table(pair_flops, (f"{BENCHMARKS}/pair_flops.json",)),
     "step_time": Table(step_time, (f"{BENCHMARKS}/step_time.json",)),
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
+    "bf16_weights": Table(bf16_weights, (f"{BENCHMARKS}/bf16_weights.json",)),
     "first_epoch": Table(first_epoch, (f"{BENCHMARKS}/first_epoch.json",)),
     "start_up": Table(start_up, (f"{BENCHMARKS}/data_loading.json",)),
 }
