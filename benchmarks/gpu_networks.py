@@ -76,7 +76,7 @@ def build(model: str, tuning: str, device: torch.device, *, smallest: bool) -> D
 
     Args:
         model (`str`): A key of `PIPELINES`.
-        tuning (`str`): `"lora"`, `"qlora"` or `"full"`.
+        tuning (`str`): `"lora"`, `"qlora"`, `"full"` or `"full-bf16"`.
     """
     torch.manual_seed(0)
     published = PIPELINES[model]

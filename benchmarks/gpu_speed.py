@@ -41,13 +41,14 @@ from trl_diffusion_sdpo.step.pair_forward import NoisyBatch
 from trl_diffusion_sdpo.utils.processes import usable_cores
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchao")
 PAIRS = {"sd15": 4, "sdxl": 2, "sd35-medium": 2, "flux-dev": 1}  # per step
 TUNINGS = {"flux-dev": ("lora", "qlora", "full")}
 RANK = 16
 CASE_SECONDS = 150  # seconds; a longer case is stopped, and no case starts with less time left
 MAX_WORKERS = 4  # workers of the data loader, as the trainer chooses for a large dataset
 CACHED = {"precompute_latents": True, "precompute_ref_errors": True}
+STOCHASTIC = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True", "safeguard": "output"}
 FULL_BYTES = 16  # bytes per trained weight: float32 weight, gradient and two moments
 
 
@@ -57,7 +58,7 @@ class Case:
 
     Attributes:
         model (`str`): A key of `PIPELINES`.
-        tuning (`str`): `"lora"`, `"qlora"` (base in four bits) or `"full"`.
+        tuning (`str`): `"lora"`, `"qlora"` (base in four bits), `"full"` or `"full-bf16"` (stochastic rounding).
         cached (`bool`): Whether encoded images and prompts and the reference's errors are computed beforehand.
         compiled (`bool`): Whether to compile the repeated blocks, or the whole denoiser if diffusers lists no blocks.
     """
@@ -82,6 +83,7 @@ CASES = [
 ]
 CASES += [Case(model, "lora", checkpointing=False, cached=True) for model in PAIRS]
 CASES += [Case("flux-dev", "qlora", checkpointing=True, cached=True)]
+CASES += [Case("sdxl", "full-bf16", checkpointing=True, cached=True)]
 CASES += [Case(model, "lora", checkpointing=False, compiled=True) for model in PAIRS]
 
 
@@ -124,9 +126,10 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **(STOCHASTIC if case.tuning == "full-bf16" else {}),
         **({**CACHED, "precompute_dir": f"{folder}/encoded"} if case.cached else {}),
     )
-    lora = None if case.tuning == "full" else LoraConfig(r=RANK, lora_alpha=RANK)
+    lora = None if case.tuning.startswith("full") else LoraConfig(r=RANK, lora_alpha=RANK)
     data = encoded_pairs(pairs * steps, side)
     trainer = MeasuredTrainer(pipeline, None, args, data, peft_config=lora, callbacks=[meter])
     trainer.remove_callback(PrinterCallback)
@@ -174,7 +177,7 @@ def flops_of_step(case: Case, trainer: MeasuredTrainer) -> int:
         batch: NoisyBatch = trainer.pair_forward.noisy_batch(inputs)
     with FlopCounterMode(display=False) as forward:
         trainer.pair_forward.predict(trainer.model_wrapped, batch)
-    passes = (3 if case.tuning == "full" else 2) + (0 if case.cached else 1)
+    passes = (3 if case.tuning.startswith("full") else 2) + (0 if case.cached else 1)
     return encoding.get_total_flops() + passes * forward.get_total_flops()
 
 
@@ -186,7 +189,8 @@ def least_bytes(case: Case) -> int:
     with torch.device("meta"):
         count = sum(weight.numel() for weight in getattr(diffusers, class_name)(**settings).parameters())
     # In full training, the reference is a second copy in bf16.
-    return count * {"full": FULL_BYTES + (0 if case.cached else 2), "lora": 2, "qlora": 0.5}[case.tuning]
+    each = {"full": FULL_BYTES + (0 if case.cached else 2), "full-bf16": 6, "lora": 2, "qlora": 0.5}
+    return count * each[case.tuning]
 
 
 def facts(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:

@@ -32,7 +32,8 @@ LORA = f"--use_peft --lora_r 16 {OUTPUT}"
 CHECKPOINTING = f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true"
 PARAMETER = "--per_device_train_batch_size 2 --safeguard parameter"
 ACCUMULATION = f"{OUTPUT} --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
-BF16 = "--dtype bfloat16 --bf16 --optim adamw_torch_8bit --optim_args bf16_stochastic_round=True"
+BF16 = '--model_init_kwargs {"dtype":"bfloat16"}'
+BF16 += " --bf16 --optim adamw_torch_8bit --optim_args bf16_stochastic_round=True"
 BF16 += f" {OUTPUT} --precompute_ref_errors"
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),

@@ -4,7 +4,7 @@ import importlib.util
 
 STEPS = 4
 # What a run does besides training: `resume` from its checkpoint of step 2, generate `samples`, `push`, `compile`, have
-# an average and a `budget`, count the host's `waits` in each step.
+# an average and a `budget`, count the host's `waits` in each step, train bf16 weights with `stochastic` rounding.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_kwargs": {"pairs": 2, "steps": 2}}
 SAMPLES = {"sample_prompts": ["a cat"], "sample_steps": 2, "sample_kwargs": {"num_inference_steps": 2}}
@@ -12,6 +12,8 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def entry(engine: str, tuning: str, safeguard: str, precision: str, *extras: str, family: str = "stable_diffusion"):
+    stochastic = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
+    stochastic |= {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_accumulation_steps": 1, "max_grad_norm": 0}
     name = "-".join([engine, tuning, safeguard, precision, *extras, *[family][: family != "stable_diffusion"]])
     args = {
         "max_steps": STEPS,
@@ -31,6 +33,7 @@ def entry(engine: str, tuning: str, safeguard: str, precision: str, *extras: str
         **(EMA_AND_BUDGET if "budget" in extras else {}),
         **(SAMPLES if "samples" in extras else {}),
         **({"torch_compile": True} if "compile" in extras else {}),
+        **(stochastic if "stochastic" in extras else {}),
     }
     return {"name": name, "engine": engine, "tuning": tuning, "family": family, "extras": extras, "args": args}
 
@@ -40,6 +43,7 @@ PLAIN = [
     entry("plain", "full", "parameter", "fp32", "resume"),
     entry("plain", "lora", "parameter", "bf16", "waits"),
     entry("plain", "full", "output", "bf16", "budget", "waits"),
+    entry("plain", "full", "output", "bf16", "stochastic", "resume", "waits"),
     entry("plain", "lora", "output", "fp16"),
     entry("plain", "full", "parameter", "fp16"),
     entry("plain", "lora", "output", "bf16", "compile"),
@@ -87,6 +91,8 @@ def skipped(run: dict) -> str | None:
     """Why a run is skipped; `None` if it is not."""
     if run["tuning"] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
+    if "stochastic" in run["extras"] and importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed"
     if run["engine"].startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         return "deepspeed is not installed"
     return None

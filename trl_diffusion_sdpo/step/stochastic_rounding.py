@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import strtobool
-
-if TYPE_CHECKING:
-    from ..trainer import DiffusionSDPOConfig
 
 # torchao's optimizers in transformers, and the bits of a value in their states.
 LOW_BITS = {OptimizerNames.ADAMW_TORCH_8BIT: 8, OptimizerNames.ADAMW_TORCH_4BIT: 4}
@@ -34,9 +31,9 @@ def rounds_at_random(args: TrainingArguments) -> bool:
     return args.optim in LOW_BITS and bool(strtobool(given.get(SWITCH, "false")))
 
 
-def may_step_in_backward(args: DiffusionSDPOConfig) -> bool:
-    """Return whether the settings let the optimizer step each weight within the backward pass: each gradient must be
-    complete there, and final."""
+def may_step_in_backward(args: Any) -> bool:
+    """Return whether the optimizer may step each weight within the backward pass, where its gradient must be complete
+    and final. `args` is a complete `DiffusionSDPOConfig`."""
     return (
         rounds_at_random(args)
         and args.safeguard != "parameter"

@@ -37,8 +37,8 @@ OPTIMIZERS = {
     "paged_adamw_8bit": (0, 0),
     "paged_adamw_32bit": (0, 0),
 }
-# Temporary bytes per value of torchao's step, which takes one weight after the other: compiled, or at most so many where
-# it is not.
+# Temporary bytes per value of torchao's step, which takes one weight after the other. Measured without its compiler; a
+# compiled step takes less.
 ONE_WEIGHT = 58
 # Bytes per weight of a quantized linear layer. With 4 bits, each block of 64 weights also has a float32 scale.
 STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
