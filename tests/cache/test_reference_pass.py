@@ -150,8 +150,8 @@ def test_no_reference_is_in_memory_or_in_the_step(make_trainer, sd_folder, given
     computed = len(passes)
     trainer.train()
     assert denoisers(trainer) == 1
-    # Winners and losers are predicted each by themselves: of four batches, and of the step, by the policy only.
-    assert computed == (0 if given else 8) and len(passes) == computed + 2
+    # Of four batches, and of the step, by the policy only: once to find out whether its gradients can be split.
+    assert computed == (0 if given else 4) and len(passes) == computed + 2
 
 
 # ---- What is computed, and when ------------------------------------------------------------------------------------

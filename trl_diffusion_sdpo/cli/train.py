@@ -40,7 +40,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
     launched = launch.LAUNCHED_VARIABLE in os.environ
     alone = not launched and is_first_process()
     if alone and answer_early(arguments, prog):
-        return EXIT_OK
+        sys.exit(EXIT_OK)  # as argparse does after its help
     if alone and not HELP & set(arguments):
         print(f"{prog}: loading libraries.", file=sys.stderr, flush=True)  # the next lines take seconds
     if alone:

@@ -60,14 +60,14 @@ class SeededSampler(Sampler[int]):
 
     def __init__(self, pairs: int, seed: int) -> None:
         self._pairs = pairs
-        self._seed = seed
+        self.initial_seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
         return self._pairs
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._pairs, generator=torch.Generator().manual_seed(self._seed + self.epoch))
+        order = torch.randperm(self._pairs, generator=torch.Generator().manual_seed(self.initial_seed + self.epoch))
         for part in order.split(LISTED_PAIRS):
             yield from part.tolist()
         self.epoch += 1

@@ -19,7 +19,7 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     """Return the inner products of each two of `n` gradients, `(n, n)` in float64: the sum of the products of chunks,
     each in float32. Of sharded gradients, they cover this process's shards only."""
     first = next(tensor for tensor in gradients[0] if tensor is not None)
-    places = tuple(torch.triu_indices(len(gradients), len(gradients)))
+    places = tuple(torch.triu_indices(len(gradients), len(gradients), device=first.device))
     chunks: list[torch.Tensor] = []
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [row[0] if len(row) == 1 else torch.cat(row) for row in pieces]
