@@ -99,7 +99,9 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     peaks, gradients = measure_step(run, device, mode)
     phases = {name: peaks.get(name, 0) for name in (ENCODE, FORWARD, BACKWARD)}
     phases[FORWARD] += passes
-    phases[BACKWARD] += passes + (temporary if run.steps_in_backward else 0)
+    phases[BACKWARD] += passes
+    if run.steps_in_backward:
+        phases[BACKWARD] += temporary  # at most: the largest weight may step beside fewer activations
     left = engine.share("gradients", gradients)
     step = left + engine.share("optimizer", temporary)
     phases[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
