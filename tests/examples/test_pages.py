@@ -147,7 +147,7 @@ def test_the_command_that_the_demo_prints_trains_on_its_pairs(capsys):
 def test_the_commands_for_each_card_are_understood():
     text = (ROOT / "docs" / "your_card.md").read_text(encoding="utf-8")
     commands = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(commands) == 24  # six cards and four models, but FLUX does not fit 8 GB
+    assert len(commands) == 24  # six cards and four models; FLUX does not fit 8 GB, SDXL has two on 24 GB
     for command in commands:
         command = command.replace("adamw_bnb_8bit", "adamw_torch")  # bitsandbytes may not be installed
         words = shlex.split(command.replace("\\\n", " "))
