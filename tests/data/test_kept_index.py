@@ -87,6 +87,20 @@ def test_a_file_that_was_written_anew_has_another_index(tmp_path, made):
     assert found[0] != found[1] and len(made) == 2
 
 
+def test_labels_that_a_function_draws_anew_have_another_index(made):
+    """The fingerprint of both data sets is the same: `datasets` hashes the function, not what it returns."""
+    found = []
+    for labels in ([1.0, 0.0], [0.0, 1.0]):
+        drawn = iter(labels)
+        data = pickapic([0.5, 0.5]).map(
+            lambda row, drawn=drawn: {"label_0": next(drawn), "label_1": 0.5},
+            load_from_cache_file=False,
+            new_fingerprint="the same",
+        )
+        found.append(prepared(data))
+    assert found[0] != found[1] and len(made) == 2
+
+
 @pytest.mark.parametrize("damage", ["no facts", "cut positions", "cut facts"])
 def test_an_index_that_is_not_whole_is_made_anew(cache, damage, made):
     first = prepared(pickapic([1.0, 0.0]))
@@ -128,7 +142,7 @@ def test_of_several_starts_at_once_one_makes_the_index():
     def start():
         barrier.wait()
         rejected = []
-        index = kept_index.kept_index("key", 1, make, lambda *call: rejected.append(call))
+        index = kept_index.kept_index(lambda: "key", 1, make, lambda *call: rejected.append(call))
         found.append((index.positions.tolist(), rejected))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
@@ -140,7 +154,9 @@ def test_of_several_starts_at_once_one_makes_the_index():
 
 def test_indexes_that_nobody_uses_are_deleted(cache):
     for number in range(kept_index.KEPT_INDEXES + 3):
-        kept_index.kept_index(number, 1, lambda reject: PairTable(np.zeros((1, 4), int), {}), print)
+        kept_index.kept_index(
+            lambda number=number: number, 1, lambda reject: PairTable(np.zeros((1, 4), int), {}), print
+        )
     assert len([path for path in cache.iterdir() if path.is_dir()]) == kept_index.KEPT_INDEXES
 
 

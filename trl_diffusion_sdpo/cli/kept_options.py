@@ -92,7 +92,7 @@ def _page(prog: str | None) -> str:
 
 def _sources() -> dict[str, Any]:
     """Return what the options depend on: versions of libraries, and the files of this package that declare some."""
-    files: Iterable[Path] = [*(PACKAGE / "cli").rglob("*.*"), *(PACKAGE / "trainer" / "config").glob("*.py")]
-    files = [*files, *(file for folder in EXAMPLES for file in folder.glob("*.yaml"))]
+    files: Iterable[Path] = [*(PACKAGE / "cli").glob("*.py"), *(PACKAGE / "trainer" / "config").glob("*.py")]
+    files = [*files, *(file for folder in (*EXAMPLES, launch.CONFIGS) for file in folder.glob("*.yaml"))]
     versions = {name: version(name) for name in ("accelerate", "transformers", "trl")}
     return {"python": sys.version, **versions, "files": sorted(map(file_facts, files))}

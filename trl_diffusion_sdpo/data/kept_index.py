@@ -36,18 +36,18 @@ FACTS = "facts.json"  # written last: a folder without it is not complete
 Rejection = tuple[str, int, str, int]  # arguments of `Reject`
 
 
-def kept_index(key: Any, rows: int, make: Callable[[Reject], PairTable], reject: Reject) -> PairTable:
+def kept_index(key: Callable[[], Any], rows: int, make: Callable[[Reject], PairTable], reject: Reject) -> PairTable:
     """Return the index that `make` makes, from the disk if it is kept there.
 
     Args:
-        key (`Any`): What the index depends on, beside the code of this package; values for JSON.
+        key (`Callable`): Returns what the index depends on beside the code of this package, as values for JSON.
         rows (`int`): Number of rows.
         make (`Callable`): Makes the index, and calls its argument for dropped rows and pairs.
         reject (`Callable`): Is called in the same way. Of each kind, all but the first rows come in one call.
     """
     if rows < KEPT_ROWS:
         return make(reject)
-    folder = user_cache() / "indexes" / short_hash([key, _code()])
+    folder = user_cache() / "indexes" / short_hash([key(), _code()])
     index = _read(folder, reject)
     if index is not None:
         return index

@@ -39,6 +39,7 @@ EXAMINED = datasets.Features(
 )
 FINGERPRINTED_PAIRS = 16  # pairs whose prompts and images are hashed to recognize a data set
 ROWS_AT_ONCE = 1000
+HASHED_ROWS = 100_000  # at once
 FEW_ROWS = 1000  # one process decodes fewer rows' images faster than several
 FEW_HEADERS = 20_000  # the same for headers of images
 
@@ -218,12 +219,15 @@ class TableSource:
                     digest.update(f"{name} {facts_if_there(name)}\n".encode("utf-8", "surrogatepass"))
         return {"prompts": dataset_fingerprint(self.labels), "images": short(digest)}
 
-    @property
     def label_key(self) -> list[Any]:
-        """What the index of the rows depends on, as values for JSON."""
-        labels = [dataset_fingerprint(self.labels), self._file_facts()]
+        """Return what the index of the rows depends on, as values for JSON: the values themselves, because their
+        fingerprint may stay the same where `map` computes others."""
+        digest = hashlib.blake2b()
+        for rows in self.labels.with_format("arrow").iter(batch_size=HASHED_ROWS):
+            for batch in rows.combine_chunks().to_batches():
+                digest.update(batch.serialize())
         row_format = replace(self.format, label_readers={})  # whose functions the name of the format determines
-        return [self.name, labels, repr(row_format)]
+        return [self.name, short(digest), str(self.labels.features), repr(row_format)]
 
     def _file_facts(self) -> list[Any]:
         """Return sizes and times of the data set's own files, which may be in any folder."""
@@ -352,7 +356,10 @@ class PairSource:
     def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all data sets, repeated so that each has its share of the epoch. Call `reject` for
         dropped rows and pairs. Those of large data sets are kept for later starts."""
-        key = [[table.label_key for table in self.tables], self._weights, self._number_columns]
+
+        def key() -> list[Any]:
+            return [[table.label_key() for table in self.tables], self._weights, self._number_columns]
+
         return kept_index(key, len(self), self._index_pairs, reject)
 
     def _index_pairs(self, reject: Reject) -> PairTable:
