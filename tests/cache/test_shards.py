@@ -180,6 +180,17 @@ def test_a_finished_store_is_checked_by_one_file_which_its_readers_share(store, 
     assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
+def test_a_worker_that_starts_after_another_run_has_added_rows_reads_on(store, listed, tmp_path):
+    (store.path / "000002.safetensors").rename(tmp_path / "later")
+    short = ShardStore(tmp_path, {"vae": "a"}, ROWS)
+    assert missing(short) == missing(short) == [8, 9]  # mapped at the second call
+    spawned = pickle.dumps(short)
+    (tmp_path / "later").rename(store.path / "000002.safetensors")
+    for file in tmp_path.glob("*.npy"):
+        file.unlink()
+    assert pickle.loads(spawned).read(5).keys() == row_of(5).keys()
+
+
 def test_a_store_that_has_changed_is_listed_anew(store, listed, tmp_path):
     (store.path / "000001.safetensors").unlink()
     assert missing(store) == [4, 5, 6, 7] and len(listed) == 2

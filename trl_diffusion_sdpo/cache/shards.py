@@ -75,12 +75,14 @@ class ShardStore:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the table of rows to its file, which spawned workers map too."""
         state = self.__dict__ | {"_needed": None}
-        return state | {"_shard_of": self._listed()} if isinstance(self._shard_of.base, np.memmap) else state
+        return state | {"_shard_of": len(self)} if isinstance(self._shard_of.base, np.memmap) else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self._shard_of, Path):
-            self._shard_of = np.asarray(np.load(self._shard_of, mmap_mode="r", allow_pickle=False))
+        if isinstance(self._shard_of, int):
+            self._shard_of = np.full(self._shard_of, -1, dtype=np.int32)
+            if not self._read_listed():  # another run has added rows meanwhile
+                self._list_shards()
 
     def missing(self) -> np.ndarray:
         """Return the numbers of the rows that this run reads and no shard in the folder contains. A damaged or foreign
