@@ -69,5 +69,7 @@ def hide_idle_notes() -> None:
     import warnings
 
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it recommends torchvision
+    # With torchao installed, it says in every run that checkpoints which torchao has quantized may not load.
+    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
     for beginning in _IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=beginning)
