@@ -60,7 +60,8 @@ class Case:
         model (`str`): A key of `PIPELINES`.
         tuning (`str`): `"lora"`, `"qlora"` (base in four bits), `"full"` or `"full-bf16"` (stochastic rounding).
         cached (`bool`): Whether encoded images and prompts and the reference's errors are computed beforehand.
-        compiled (`bool`): Whether to compile the repeated blocks, or the whole denoiser if diffusers lists no blocks.
+        compiled (`bool`): Whether to compile the repeated blocks, or the whole denoiser if diffusers lists no blocks,
+            and the encoders.
     """
 
     model: str

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from tiny_pipelines import case
 from torch._dynamo.utils import counters
 
+from trl_diffusion_sdpo.models.frozen_components import _assign, _own
 from trl_diffusion_sdpo.models.kernels import is_mostly_blocks
 from trl_diffusion_sdpo.utils._compat import attention_backends
 
@@ -54,8 +55,67 @@ def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kin
     for trainer in (by_block, whole):
         torch.testing.assert_close(trained(trainer), trained(plain), rtol=1e-5, atol=1e-6)
         assert trainer.state.log_history[0]["rewards/margins"] == 0
-    assert 0 < graphs <= 4  # of two kinds at most, for policy and reference
+    assert 0 < graphs <= 7  # of two kinds at most, for policy and reference; of the VAE and two text encoders
     assert operations < more
+
+
+SIZES = ((16, 16), (32, 16), (16, 32), (48, 32), (32, 32))  # buckets
+CAPTIONS = (["a red circle", "b"], ["", ""], ["a big square and a dog", "c"], ["a"], ["", "a cat in a hat"])
+
+
+def encodings(trainer):
+    """Moments of images of `SIZES` and embeddings of `CAPTIONS`, and the number of graphs after each."""
+    found, graphs = [], []
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for size in SIZES:
+            pixels = torch.rand(3, 3, *size, generator=draw) * 2 - 1
+            with trainer.frozen_components.in_use() as family:
+                found.append(family.image_moments(pixels))
+            graphs.append(counters["stats"]["unique_graphs"])
+        for captions in CAPTIONS:
+            with trainer.frozen_components.in_use() as family:
+                found += family.encode_prompts(captions).values()
+            graphs.append(counters["stats"]["unique_graphs"])
+    return found, graphs
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("stable_diffusion_xl", {}),
+        ("lumina2", {"torch_compile_mode": "reduce-overhead"}),  # prompts of any length
+    ],
+)
+def test_encoders_of_live_pairs_are_compiled_for_all_sizes_and_captions(make_trainer, family_folder, family, settings):
+    kept = {"model": family_folder(family), "resolution": 16, "vae_encode_batch_size": 2}
+    plain, _ = encodings(make_trainer(**kept))
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = make_trainer(**{**kept, "torch_compile": True, "torch_compile_backend": "aot_eager", **settings})
+    found, graphs = encodings(trainer)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert graphs[2] == graphs[4] and graphs[-2] == graphs[-1], "Each size or length was compiled anew."
+    assert 0 < graphs[4] < graphs[-1] and not counters["graph_break"]
+    for part in (trainer.family.pipeline.vae, trainer.family.pipeline.text_encoder):
+        for module in part.modules():
+            for name, tensor in _own(module):
+                _assign(module, name, tensor.clone())  # as `offload_frozen_components` does at each use
+    assert encodings(trainer)[1][-1] == graphs[-1]
+    assert not any(
+        "_orig_mod" in name
+        for part in trainer.family.pipeline.components.values()
+        if isinstance(part, torch.nn.Module)
+        for name in part.state_dict()
+    )
+
+
+def test_encoders_that_fill_a_cache_are_not_compiled(make_trainer, tmp_path):
+    """They run once, before training."""
+    trainer = make_trainer(torch_compile=True, precompute_latents=True, precompute_dir=str(tmp_path / "cache"))
+    parts = (trainer.family.pipeline.vae.encoder, trainer.family.pipeline.text_encoder)
+    assert all(part._compiled_call_impl is None for part in parts)
 
 
 def test_a_network_is_compiled_by_block_if_the_blocks_are_most_of_it():

@@ -32,6 +32,8 @@ UNPINNED = ("cpu", "mps")  # device types that share the CPU's memory and need n
 PINNED_BUFFER = 1 << 28  # bytes
 ALIGNMENT = 64  # bytes, as PyTorch aligns tensors on the CPU
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# Modes of `torch.compile` without CUDA graphs, in which the latents of the next images overwrite the last ones.
+WITHOUT_CUDA_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE overflows in float16
 
 
@@ -106,6 +108,15 @@ class FrozenComponents:
         if self.state == "on device" or self._is_within:
             return contextlib.nullcontext(self.family)
         return self._copied() if self.state == "offloaded" else self._read()
+
+    def compile(self, backend: str | None, mode: str | None) -> None:
+        """Compile the VAE's encoder and the text encoders in place, for their next calls. Names of weights stay."""
+        for name in self.family.frozen_components:
+            if name == self.family.unconditional_name:  # draws sample images only
+                continue
+            part = getattr(self.family.pipeline, name)
+            encoder = part.encoder if name == VAE else part
+            encoder.compile(backend=backend, mode=WITHOUT_CUDA_GRAPHS.get(mode or "", mode))
 
     @contextlib.contextmanager
     def _copied(self) -> Iterator[Family]:

@@ -370,8 +370,11 @@ def reference_facts(
 # ---- Kernels --------------------------------------------------------------------------------------------------------
 
 
-def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
+def choose_kernels(
+    denoiser: Any, copies: Sequence[WeightCopy], frozen: FrozenComponents, args: DiffusionSDPOConfig
+) -> None:
     """Check the attention back end. With `torch_compile`, compile the repeated blocks of all denoisers: each kind once.
+    Without `precompute_latents`, compile the VAE's encoder and the text encoders too.
 
     Where DeepSpeed or FSDP wraps the blocks, or they are not most of the network, compile the reference and the
     averaged weights (`copies`) whole, and leave the model that trains to accelerate.
@@ -399,6 +402,8 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
             "differently: margins start near 0 instead of at 0. If `rewards/margins` of the first step is far from 0, "
             "leave `torch_compile` off."
         )
+    if not args.precompute_latents:
+        frozen.compile(backend, mode)
     for weights in copies:
         weights.compile(backend, mode, by_block=by_block)
     if by_block:

@@ -411,7 +411,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.encoding = pair_encoding(self.frozen_components, self._encoder_key, args)
 
         # Compile models and choose the attention back end.
-        choose_kernels(denoiser, self._weight_copies, args)
+        choose_kernels(denoiser, self._weight_copies, self.frozen_components, args)
 
         # What computes, adjusts and measures a step.
         self._meter = MetricMeter()
