@@ -121,6 +121,13 @@ def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path, c
     assert "made anew at each start" in caplog.text
 
 
+def test_a_user_without_a_home_pays_only_time(monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(kept_index.os.path, "expanduser", lambda path: path)
+    assert len(prepared(pickapic([1.0, 0.0]))[0]) == 2
+    assert "`XDG_CACHE_HOME`" in caplog.text
+
+
 def test_a_full_disk_costs_only_time(monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -152,7 +159,8 @@ def test_of_several_starts_at_once_one_makes_the_index():
     assert found == [([[0, 1, 2, 3], [4, 5, 6, 7]], [("ties", 3, "images judged equal", 2)])] * 4
 
 
-def test_indexes_that_nobody_uses_are_deleted(cache):
+def test_indexes_that_nobody_uses_are_deleted(cache, monkeypatch):
+    monkeypatch.setattr(kept_index, "KEPT_SECONDS", 0)
     for number in range(kept_index.KEPT_INDEXES + 3):
         kept_index.kept_index(
             lambda number=number: number, 1, lambda reject: PairTable(np.zeros((1, 4), int), {}), print

@@ -207,8 +207,24 @@ class WithoutBatch(nn.Module):
         return x + self.linear(torch.ones(1, 3))
 
 
+class Packed(nn.Module):
+    """Uses its weight on the tokens of all rows in one dimension, of which losers have more than winners. Winners'
+    gradients stay within the first half of the tokens, and losers' do not stay within the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        winners, losers = x.chunk(2)
+        tokens = self.linear(torch.cat([winners[:, 0], losers[:, :3].flatten(0, 1)]))
+        found = tokens[: len(winners)], tokens[len(winners) :].unflatten(0, (len(losers), 3)).mean(1)
+        return torch.cat(found)
+
+
 @pytest.mark.parametrize(
-    ("model", "is_split"), [(nn.Linear(3, 3), True), (RowsLast(), False), (Direct(), False), (WithoutBatch(), False)]
+    ("model", "is_split"),
+    [(nn.Linear(3, 3), True), (RowsLast(), False), (Direct(), False), (WithoutBatch(), False), (Packed(), False)],
 )
 def test_a_model_whose_gradients_cannot_be_split_is_found_out(model, is_split):
     split = SplitGradients(model, list(model.parameters()))

@@ -21,7 +21,7 @@ from ..utils.identity import (
 )
 from ..utils.processes import ALONE, Peers
 
-VERSION = 3  # increase this if a code change alters encoded images, encoded prompts or reference errors
+VERSION = 4  # increase this if a code change alters encoded images, encoded prompts or reference errors
 INDEX = "model_index.json"
 WHERE = ("cache_dir", "revision", "token")  # arguments that say where files are. The key does not contain them
 

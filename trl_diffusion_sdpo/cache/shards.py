@@ -147,7 +147,7 @@ class ShardStore:
                 for entry in shard.keys():  # noqa: SIM118
                     row, _, name = entry.partition(".")
                     rows.setdefault(int(row), {})[name] = shard.get_tensor(entry)
-        except (OSError, SafetensorError, ValueError):
+        except (FileNotFoundError, SafetensorError, ValueError):  # another error must not cost the rows of the shard
             return {}
         return rows
 
@@ -167,7 +167,8 @@ class ShardStore:
             if number >= 0:
                 shard = _open(self._file(number))
                 names = [name for name in shard.keys() if name.startswith(prefix)]  # noqa: SIM118
-                return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
+                if names:
+                    return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
         except (OSError, SafetensorError) as error:
             problem = error
             self._forget_listed()  # so that the next start looks into every shard

@@ -7,8 +7,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from collections.abc import Callable
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from .options import OneLineParser, option_name, refuse_unknown
 from .train_parser import EXAMPLES, HELP, read_given, refuse_launch_options
 
 PACKAGE = Path(__file__).parents[1]
+DECLARED = {  # library -> its file that declares options
+    "accelerate": "accelerate/commands/launch.py",
+    "transformers": "transformers/training_args.py",
+    "trl": "trl/trainer/model_config.py",
+}
 PAGES = 10  # the most layouts of the help that are kept, such as for other widths of the terminal
 
 
@@ -92,7 +97,13 @@ def _page(prog: str | None) -> str:
 
 def _sources() -> dict[str, Any]:
     """Return what the options depend on: versions of libraries, and the files of this package that declare some."""
-    files: Iterable[Path] = [*(PACKAGE / "cli").glob("*.py"), *(PACKAGE / "trainer" / "config").glob("*.py")]
-    files = [*files, *(file for folder in (*EXAMPLES, launch.CONFIGS) for file in folder.glob("*.yaml"))]
-    versions = {name: version(name) for name in ("accelerate", "transformers", "trl")}
+    folders = {PACKAGE / "cli": "py", PACKAGE / "trainer/config": "py"}
+    folders |= dict.fromkeys((*EXAMPLES, launch.CONFIGS), "yaml")
+    files = [file for folder, ending in folders.items() for file in folder.glob(f"[!.]*.{ending}")]
+    versions = {}
+    for name, declares in DECLARED.items():
+        installed = distribution(name)
+        versions[name] = installed.version
+        file = Path(str(installed.locate_file(declares)))
+        files += [file] if file.is_file() else []  # which may change under one version, as in a clone of the library
     return {"python": sys.version, **versions, "files": sorted(map(file_facts, files))}

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,7 +31,8 @@ from .pair_table import PairTable
 logger = logging.getLogger(__name__)
 
 KEPT_ROWS = 50_000  # a smaller index is made faster than it is looked for
-KEPT_INDEXES = 8  # the least recently used ones beyond are deleted
+KEPT_INDEXES = 8  # of those beyond, the ones that no start has used for `KEPT_SECONDS` are deleted
+KEPT_SECONDS = 30 * 24 * 3600  # longer than a run that has mapped an index
 ROW_BYTES = 64  # of a kept index, at most
 FACTS = "facts.json"  # written last: a folder without it is not complete
 Rejection = tuple[str, int, str, int]  # arguments of `Reject`
@@ -47,18 +49,22 @@ def kept_index(key: Callable[[], Any], rows: int, make: Callable[[Reject], PairT
     """
     if rows < KEPT_ROWS:
         return make(reject)
-    folder = user_cache() / "indexes" / short_hash([key(), _code()])
+    try:
+        folder = user_cache() / "indexes" / short_hash([key(), _code()])
+    except FileNotFoundError as error:
+        logger.warning("The index of %d rows is made anew at each start. %s", rows, error)
+        return make(reject)
     index = _read(folder, reject)
     if index is not None:
         return index
     lock, problem = None, f"its disk has less than {readable_size(rows * ROW_BYTES)} free"
-    if free_bytes(folder) >= rows * ROW_BYTES:
-        try:
+    try:
+        if free_bytes(folder) >= rows * ROW_BYTES:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(folder.with_suffix(".lock"))
             lock.acquire()
-        except OSError as error:
-            lock, problem = None, str(error)
+    except OSError as error:
+        lock, problem = None, str(error)
     if lock is None:
         logger.warning(
             "The index of %d rows is made anew at each start. %s cannot keep it: %s.", rows, folder, problem
@@ -93,7 +99,8 @@ def _read(folder: Path, reject: Reject) -> PairTable | None:
         facts = json_object((folder / FACTS).read_text(encoding="utf-8"))
         names = ["positions", *facts["columns"]]
         positions, *columns = (np.load(_file(folder, name), mmap_mode="r", allow_pickle=False) for name in names)
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(folder)
         _Rejections(facts["rejections"]).replay(reject)
     except (OSError, ValueError, KeyError):
         return None
@@ -105,9 +112,11 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _delete_old(indexes: Path) -> None:
-    """Delete the indexes that no start has used for longest. A process that has mapped one keeps it."""
+    """Delete indexes that no start has used for long. On a network disk, a run that has mapped one would crash."""
     folders = sorted((path for path in indexes.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for folder in folders[:-KEPT_INDEXES]:
+        if time.time() - folder.stat().st_mtime < KEPT_SECONDS:
+            continue
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.with_suffix(".lock").unlink()
@@ -115,7 +124,8 @@ def _delete_old(indexes: Path) -> None:
 
 def _code() -> list[Any]:
     """Return facts of this package's files that make an index."""
-    return [file_facts(file)[1:] for file in sorted(Path(__file__).parent.glob("*.py"))]
+    package = Path(__file__).parents[1]
+    return [file_facts(file)[1:] for room in ("data", "utils") for file in sorted((package / room).glob("[!.]*.py"))]
 
 
 class _Rejections:

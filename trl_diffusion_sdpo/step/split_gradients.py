@@ -124,7 +124,7 @@ class SplitGradients:
             return None
         if kwargs or len(args) != 1 or not isinstance(output, torch.Tensor):
             self.trouble = f"{type(module).__name__} takes or returns more than one tensor"
-        elif len(args[0]) % self._rows or len(args[0]) != len(output):
+        elif len(args[0]) != self._rows or len(args[0]) != len(output):  # such as tokens packed into one dimension
             self.trouble = f"{type(module).__name__} gets no batch in its first dimension"
         else:
             leaves = [half[i] for half in self.leaves for i in self._numbers[module]]

@@ -18,8 +18,15 @@ NEW_FILES = "_new"  # files that [`replacing`] has not moved yet; the underscore
 
 
 def user_cache() -> Path:
-    """Return the default folder of all caches: `trl-diffusion-sdpo` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo"
+    """Return the default folder of all caches: `trl-diffusion-sdpo` in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: If the user has no home folder, as in some containers.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):
+        raise FileNotFoundError("A cache needs a folder, and this user has no home. Set `XDG_CACHE_HOME` to a folder.")
+    return Path(folder) / "trl-diffusion-sdpo"
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
