@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.grad import conv2d_weight
 
 
 class SplitGradients:
@@ -189,8 +188,10 @@ def _weight_gradients(
         if module.bias is not None:
             gradients[module.bias] = columns.sum(0)
     elif isinstance(module, nn.Conv2d):
-        how = (module.stride, module.padding, module.dilation, module.groups)
-        gradients[module.weight] = conv2d_weight(saved, module.weight.shape, at_output, *how)
+        # `torch.nn.grad.conv2d_weight` passes an expanded number in place of the weight, which is then copied whole.
+        unread = torch.empty_like(module.weight, dtype=at_output.dtype)
+        how = (module.stride, module.padding, module.dilation, False, [0, 0], module.groups, (False, True, False))
+        gradients[module.weight] = torch.ops.aten.convolution_backward(at_output, saved, unread, None, *how)[1]
         if module.bias is not None:
             gradients[module.bias] = at_output.sum((0, 2, 3))
     return [gradients[weight] for weight in weights]
