@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
 from ...utils.processes import Peers
 from ...utils.statistics import agreement, holm, win_rate
 from ..rewards import Scorer
-from ..rewards.scorer import file_name, on_device, saved_scores
+from ..rewards.scorer import file_name, fitting, on_device, saved_scores
 from ..rewards.vlm_server import VLMServerJudge
 from .candidate import Candidate
 from .images import (
@@ -59,8 +60,9 @@ def evaluate_models(
         candidates (`Sequence[Candidate]`): The models, the base model first.
         prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
             file.
-        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. One on the CPU moves to the device of
-            `settings` while it scores. Without scorers, the report only shows images.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. Those on the CPU move to the device of
+            `settings` while they score, as many at once as take half of its free memory. Without scorers, the report
+            only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
 
@@ -120,13 +122,7 @@ def _evaluate(
     # Score the images.
     models = [candidate.name for candidate in candidates]
     base, *others = models
-    looks = {name: _looks(folder, name, listed, settings, peers) for name in models}
-    scores = {}
-    for scorer in scorers:
-        with on_device(scorer, settings.device):
-            scores[scorer.name] = {
-                name: _scores(scorer, folder, name, base, listed, settings, peers) for name in models
-            }
+    scores, looks = _score_images(scorers, folder, models, listed, settings, peers)
     for scorer_name, by_model in scores.items():
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
@@ -169,53 +165,49 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
         raise UserError(f"All {kind} of an evaluation must have different names, got {list(names)}. Rename some.")
 
 
-def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
-    """Return mean saturation, mean diversity and number of black images of one model."""
+def _score_images(
+    scorers: Sequence[Scorer],
+    folder: Path,
+    models: Sequence[str],
+    prompts: PromptList,
+    settings: ImageSettings,
+    peers: Peers,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, float]]]:
+    """Return the scores of each scorer and model, `(prompts, seeds)` with NaN for images without one, and each model's
+    looks. Scores saved in the folder are not computed again.
 
-    def measure() -> list[tuple[float, float, int]]:
-        measured = []
-        for index in range(len(prompts.prompts))[peers.index :: peers.count]:
-            images = [_read(image_path(folder, name, index, seed)) for seed in settings.seeds]
-            seen = [image for image in images if not is_black(image)]
-            small = np.array([np.asarray(image.resize((64, 64))) for image in seen])
-            mean = saturation(small) if seen else math.nan
-            measured.append((mean, diversity(small), len(images) - len(seen)))
-        return measured
-
-    rows = _in_order(peers.gather_results(measure))
-    return {
-        "saturation": _mean([row[0] for row in rows]),
-        "diversity": _mean([row[1] for row in rows]),
-        "black": sum(row[2] for row in rows),
+    Each image is decoded once for all scorers that fit onto the device together. A process holds some of one model's
+    images, and as many of the base model's for a judge.
+    """
+    base = models[0]
+    held = base if any(isinstance(scorer, VLMServerJudge) for scorer in scorers) else None
+    shape = (len(prompts.prompts), len(settings.seeds))
+    rows = [(index, seed) for index in range(shape[0]) for seed in settings.seeds]
+    looks = {name: _Looks(shape[1]) for name in models}
+    scores: dict[str, dict[str, np.ndarray]] = {
+        scorer.name: {base: np.zeros(shape)} if isinstance(scorer, VLMServerJudge) else {} for scorer in scorers
     }
-
-
-def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Merge the results of all processes into one list. Of n processes, process i has computed the items i, i + n,
-    i + 2 n, and so on."""
-    items: list[Any] = [None] * sum(map(len, shares))
-    for index, share in enumerate(shares):
-        items[index :: len(shares)] = share
-    return items
-
-
-def _mean(values: Sequence[float]) -> float:
-    present = [value for value in values if math.isfinite(value)]
-    return float(np.mean(present)) if present else math.nan
-
-
-def _scores(
-    scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
-) -> np.ndarray:
-    """Return a model's scores, `(prompts, seeds)`, with NaN for images without one. Scores saved in the folder are not
-    computed again."""
-    models = [name]
-    if isinstance(scorer, VLMServerJudge):
-        if name == base:
-            return np.zeros((len(prompts.prompts), len(settings.seeds)))
-        models.append(base)
-    rows = [(index, (seed,) * len(models)) for index in range(len(prompts.prompts)) for seed in settings.seeds]
-    return score_rows(scorer, folder, models, rows, prompts, peers).reshape(-1, len(settings.seeds))
+    for number, group in enumerate(peers.first(lambda: fitting(scorers, settings.device))):
+        saved: dict[str, list[_SavedScores]] = {name: [] for name in models}
+        for scorer, name in itertools.product([scorers[i] for i in group], models):
+            shown = (name, base) if isinstance(scorer, VLMServerJudge) else (name,)
+            if shown != (base, base):
+                saved[name].append(_SavedScores(scorer, folder, shown, peers))
+        with contextlib.ExitStack() as stack:
+            for i in group:
+                stack.enter_context(on_device(scorers[i], settings.device))
+            bar = stack.enter_context(tqdm(total=len(rows) * len(models), desc="Scoring images", unit="image"))
+            for chunk in _chunks(rows, peers):
+                images = _Images(folder, chunk.share, held)
+                for name in models:
+                    if number == 0:
+                        looks[name].add(chunk.gathered(partial(images.small, name)))
+                    for each in saved[name]:
+                        each.add(chunk, partial(images.of, each.models), prompts)
+                    bar.update(len(chunk.rows))
+        for each in itertools.chain(*saved.values()):
+            scores[each.scorer.name][each.models[0]] = each.array().reshape(shape)
+    return scores, {name: each.summary() for name, each in looks.items()}
 
 
 def score_rows(
@@ -237,35 +229,147 @@ def score_rows(
     Returns:
         `np.ndarray`: One score or verdict per row; NaN for rows without one.
     """
-    path = peers.first(lambda: saved_scores(folder / SCORES_FOLDER, scorer) / f"{'+'.join(models)}.json")
-    scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
+    saved = _SavedScores(scorer, folder, models, peers)
 
-    def score(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[float | None]:
-        """Return a scorer's scores of the model's images, or a judge's verdicts on images of the two models, `None` for
-        rows with a black image."""
-        images = [
-            [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
-            for index, seeds in rows
+    def read(share: Sequence[tuple[int, tuple[int, ...]]]) -> list[list[Image.Image | None]]:
+        return [
+            [_read(image_path(folder, name, index, seeds[position])) for index, seeds in share]
+            for position, name in enumerate(models)
         ]
-        scored: list[float | None] = [None] * len(rows)
-        visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
-        if visible:
-            texts = [prompts.prompts[rows[position][0]] for position in visible]
-            ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
-            if isinstance(scorer, VLMServerJudge):
-                values = scorer.compare(ours, others[0], texts)
-            else:
-                values = scorer(ours, texts)
-            for position, value in zip(visible, values.tolist(), strict=True):
-                scored[position] = value if math.isfinite(value) else None
-        return scored
 
+    for chunk in tqdm([*_chunks(rows, peers)], desc=f"{scorer.name} of {models[0]}", unit="batch"):
+        saved.add(chunk, partial(read, chunk.share), prompts)
+    return saved.array()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Consecutive rows, of which each process has a share. The first value of a row is the index of its prompt."""
+
+    start: int
+    rows: Sequence[tuple[int, Any]]
+    peers: Peers
+
+    @property
+    def share(self) -> Sequence[tuple[int, Any]]:
+        return self.rows[self.peers.index :: self.peers.count]
+
+    def gathered(self, work: Callable[[], Sequence[Any]]) -> list[Any]:
+        """Return a result for each row, from a function that returns those of this process's share."""
+        results: list[Any] = [None] * len(self.rows)
+        for index, shared in enumerate(self.peers.gather_results(work)):
+            results[index :: self.peers.count] = shared
+        return results
+
+
+def _chunks(rows: Sequence[tuple[int, Any]], peers: Peers) -> Iterator[_Chunk]:
     at_once = _SCORED_AT_ONCE * peers.count
-    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
-        share = rows[start : start + at_once][peers.index :: peers.count]
-        scores += _in_order(peers.gather_results(partial(score, share)))
-        peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues from this file
-    return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
+    for start in range(0, len(rows), at_once):
+        yield _Chunk(start, rows[start : start + at_once], peers)
+
+
+class _Images:
+    """Images of some prompts and seeds, decoded when they are first needed. A black image is `None`. Held are those of
+    the latest model, and of the model `held`."""
+
+    def __init__(self, folder: Path, rows: Sequence[tuple[int, int]], held: str | None):
+        self._folder = folder
+        self._rows = rows
+        self._held = held
+        self._decoded: dict[str, list[Image.Image | None]] = {}
+
+    def of(self, models: Sequence[str]) -> list[list[Image.Image | None]]:
+        """Return the images of each model."""
+        for model in models:
+            if model not in self._decoded:
+                kept = {name: images for name, images in self._decoded.items() if name in (self._held, *models)}
+                self._decoded = kept
+                self._decoded[model] = [_read(image_path(self._folder, model, *row)) for row in self._rows]
+        return [self._decoded[model] for model in models]
+
+    def small(self, model: str) -> list[np.ndarray | None]:
+        """Return copies of a model's images with 64 x 64 pixels."""
+        (images,) = self.of([model])
+        return [None if image is None else np.asarray(image.resize((64, 64))) for image in images]
+
+
+class _SavedScores:
+    """The scores of one model's images by a scorer, or a judge's verdicts on the images of two models, in the order of
+    the rows, and the file that has them."""
+
+    def __init__(self, scorer: Scorer, folder: Path, models: Sequence[str], peers: Peers):
+        self.scorer = scorer
+        self.models = models
+        self._peers = peers
+        self._path = peers.first(lambda: saved_scores(folder / SCORES_FOLDER, scorer) / f"{'+'.join(models)}.json")
+        self._scores: list[float | None] = peers.first(
+            lambda: json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else []
+        )
+
+    def add(
+        self, chunk: _Chunk, read: Callable[[], Sequence[Sequence[Image.Image | None]]], prompts: PromptList
+    ) -> None:
+        """Score the rows of a chunk that have no scores yet, and save them: an interrupted evaluation continues from
+        the file. `read` returns the images of this process's share, for each model."""
+        known = len(self._scores) - chunk.start
+        if known >= len(chunk.rows):
+            return
+
+        def score() -> list[float | None]:
+            """Return a score for each row of this process's share, `None` for rows with a black image."""
+            scored: list[float | None] = [None] * len(chunk.share)
+            visible: dict[int, list[Image.Image]] = {}
+            for position, images in enumerate(zip(*read(), strict=True)):
+                # Copies, because other scorers get these images too, and a user's function may change them.
+                copies = [image.copy() for image in images if image is not None]
+                if len(copies) == len(images) and self._peers.index + position * self._peers.count >= known:
+                    visible[position] = copies
+            if visible:
+                texts = [prompts.prompts[chunk.share[position][0]] for position in visible]
+                ours, *others = map(list, zip(*visible.values(), strict=True))
+                if isinstance(self.scorer, VLMServerJudge):
+                    values = self.scorer.compare(ours, others[0], texts)
+                else:
+                    values = self.scorer(ours, texts)
+                for position, value in zip(visible, values.tolist(), strict=True):
+                    scored[position] = value if math.isfinite(value) else None
+            return scored
+
+        self._scores += chunk.gathered(score)[known:]
+        self._peers.first(partial(_write_json, self._path, self._scores))
+
+    def array(self) -> np.ndarray:
+        return np.array([math.nan if value is None else value for value in self._scores], dtype=np.float64)
+
+
+class _Looks:
+    """Saturation, diversity and number of black images of one model, from small copies of its images in the order of
+    prompts and seeds. The copy of a black image is `None`."""
+
+    def __init__(self, seeds: int):
+        self._seeds = seeds
+        self._waiting: list[np.ndarray | None] = []  # images of a prompt whose last ones are still to come
+        self._measured: list[tuple[float, float, int]] = []  # of each prompt
+
+    def add(self, images: Sequence[np.ndarray | None]) -> None:
+        self._waiting += images
+        while len(self._waiting) >= self._seeds:
+            seen = np.array([image for image in self._waiting[: self._seeds] if image is not None])
+            del self._waiting[: self._seeds]
+            mean = saturation(seen) if len(seen) else math.nan
+            self._measured.append((mean, diversity(seen), self._seeds - len(seen)))
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "saturation": _mean([row[0] for row in self._measured]),
+            "diversity": _mean([row[1] for row in self._measured]),
+            "black": sum(row[2] for row in self._measured),
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    present = [value for value in values if math.isfinite(value)]
+    return float(np.mean(present)) if present else math.nan
 
 
 def _notes(
@@ -353,6 +457,8 @@ def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def _read(path: Path) -> Image.Image | None:
+    """Decode an image. Return `None` if it is black."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    return None if is_black(image) else image
