@@ -179,8 +179,9 @@ def _weight_gradients(
 ) -> Sequence[torch.Tensor]:
     """Return the gradients of a module's trained weights, from rows of its input and of the gradient at its output."""
     if not _is_matrix(module):  # a normalization: its forward pass costs little
+        # On a CPU, torch 2.13 crashes in the gradients of a `nn.GroupNorm`'s weights alone from channels-last tensors.
         with torch.enable_grad():
-            return torch.autograd.grad(module.forward(saved), weights, at_output)
+            return torch.autograd.grad(module.forward(saved.contiguous()), weights, at_output.contiguous())
     gradients: dict[Any, torch.Tensor] = {}
     if isinstance(module, nn.Linear):
         columns = at_output.flatten(0, -2)
