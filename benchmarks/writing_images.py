@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draw", type=float, default=0.5, help="seconds that drawing an image takes")
     parser.add_argument("--batch", type=int, default=4, help="images that are drawn at once")
     parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/writing_images.json"))
     options = parser.parse_args(arguments)
     shuffled = random.Random(0)
