@@ -30,7 +30,7 @@ from trl_diffusion_sdpo import Candidate, evaluate_models
 from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
 from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.tools.evaluation import evaluate
+from trl_diffusion_sdpo.tools.evaluation import evaluate, scoring
 from trl_diffusion_sdpo.tools.evaluation.evaluate import RESULTS_FILE
 from trl_diffusion_sdpo.tools.evaluation.images import (
     ImageSettings,
@@ -405,7 +405,7 @@ def test_images_without_any_score_are_an_error_that_names_the_model(sd_folder, t
 
 
 def test_an_interrupted_scoring_continues_where_it_stopped(sd_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_SCORED_AT_ONCE", 5)
+    monkeypatch.setattr(scoring, "_SCORED_AT_ONCE", 5)
     scored = []
 
     def judge(images, prompts):
@@ -454,8 +454,8 @@ def test_each_image_is_decoded_once_for_all_scorers_on_the_device(groups, evalua
     clip = load_scorer("clip_score", model=save_clip(tmp_path / "clip"), batch_size=5)
     judge = Judge("http://127.0.0.1:9/v1", "org/model")
     scorers = [FunctionScorer("shrunk", shrunk), SCORERS[0], clip, judge]
-    monkeypatch.setattr(evaluate, "fitting", lambda *_: groups)
-    monkeypatch.setattr(evaluate, "_SCORED_AT_ONCE", 5)
+    monkeypatch.setattr(scoring, "fitting", lambda *_: groups)
+    monkeypatch.setattr(scoring, "_SCORED_AT_ONCE", 5)
     evaluation = evaluate_models(evaluated[1], PROMPTS, scorers, folder, settings())
     assert set(decoded.values()) == {len(groups)} and len(decoded) == 24
     for model in ("base", "redder"):
@@ -476,7 +476,7 @@ def test_each_image_is_decoded_once_for_all_scorers_on_the_device(groups, evalua
 def test_few_decoded_images_are_held_at_once(scorers, most, evaluated, tmp_path, monkeypatch):
     folder = unscored(evaluated, tmp_path / "copy")
     images = []
-    read = evaluate._read
+    read = scoring._read
 
     def watched(path):
         image = read(path)
@@ -484,8 +484,8 @@ def test_few_decoded_images_are_held_at_once(scorers, most, evaluated, tmp_path,
         assert sum(each() is not None for each in images) <= most
         return image
 
-    monkeypatch.setattr(evaluate, "_read", watched)
-    monkeypatch.setattr(evaluate, "_SCORED_AT_ONCE", 4)
+    monkeypatch.setattr(scoring, "_read", watched)
+    monkeypatch.setattr(scoring, "_SCORED_AT_ONCE", 4)
     evaluate_models(evaluated[1], PROMPTS, scorers, folder, settings())
     assert len(images) == 24
 

@@ -74,8 +74,8 @@ def score_pairs(
         scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
         output_dir (`str` or `Path`): A new folder, or one that it has written before.
         dataset_format (`str`, *optional*): Format of the columns. By default, they determine it.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers on the CPU. As many at once
-            move there as take half of its free memory.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers on the CPU. As many at
+            once move there as take half of its free memory.
 
     Returns:
         `list[str]`: Lines of a report: which pairs were left out and why, and how often each scorer prefers the chosen
