@@ -12,6 +12,7 @@ from .noise_bins import NOISE_BINS, noise_bin_changes, noise_bin_of, noise_range
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from .preference import (
     LOSSES,
+    NAMED_SETTINGS,
     LossSpec,
     LossType,
     PairTerms,
@@ -34,6 +35,7 @@ from .winner_budget import BudgetController
 
 __all__ = [
     "LOSSES",
+    "NAMED_SETTINGS",
     "NOISE_BINS",
     "WEIGHT_FUNCTIONS",
     "Anchor",
