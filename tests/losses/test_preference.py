@@ -173,7 +173,7 @@ def test_kto_has_five_utilities(utility: str):
     terms = terms_of_errors([6.0, 2.0], [5.0, 1.0], 10.0, 5.0)
     found = LOSSES["kto"].pair_losses(terms, beta=1.0, kto_utility=utility, kto_loser_weight=3.0)
     winners, losers = UTILITIES[utility]
-    expected = [(1 - w + 3 * (1 - l)) / 2 for w, l in zip(winners, losers, strict=True)]
+    expected = [(1 - better + 3 * (1 - worse)) / 2 for better, worse in zip(winners, losers, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 

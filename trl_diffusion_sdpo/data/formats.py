@@ -76,8 +76,8 @@ class PreferenceFormat:
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two, one for each image.
         has_losers (`bool`): Whether rows have a loser. Without, `losers="permute"` must be set, which makes losers of
             other pairs' winners.
-        single_images (`bool`): Whether a row has one image and a verdict on it, which `single_images.py` matches with an
-            image of another row.
+        single_images (`bool`): Whether a row has one image and a verdict on it. `single_images.py` matches it with that
+            of another row.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
         mask_columns (`tuple[str, ...]`): The mask column for both images, or one for each of the two image columns.
             Empty without masks.

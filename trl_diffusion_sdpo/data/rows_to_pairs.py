@@ -253,8 +253,8 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
     check_columns([stream.format for stream in streams], options, name)
     if any(stream.format.single_images for stream in streams):
         raise UserError(
-            f"Single images are matched before the first batch, but the {name} data are a stream. Load the data without "
-            "`streaming=True`."
+            f"Single images are matched before the first batch, but the {name} data are a stream. Load the data "
+            "without `streaming=True`."
         )
     if any(stream.format.source_columns for stream in streams):
         raise UserError(
