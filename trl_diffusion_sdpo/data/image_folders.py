@@ -1,6 +1,6 @@
 """Lists the pairs in folders of images without a table, as rows of a format in `formats.py`. Two images are a pair if
-they have equal names in the folders `chosen` and `rejected`, or if only a rank at the end of their names differs. In the
-folders `liked` and `disliked`, each image is a row by itself. Prompts are in text files."""
+they have equal names in the folders `chosen` and `rejected`, or if only a rank at the end of their names differs. An
+image in the folders `liked` and `disliked` is a row by itself. Prompts are in text files."""
 
 from __future__ import annotations
 
