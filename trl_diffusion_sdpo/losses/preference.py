@@ -678,8 +678,8 @@ def check_loss_kwargs(
         if name not in LOSS_KWARG_RANGES:
             continue  # users' losses have no ranges
         rule, holds = LOSS_KWARG_RANGES[name]
-        is_name = name in NAMED_SETTINGS
-        if isinstance(value, str) != is_name or not (is_name or math.isfinite(value)) or not holds(value):
+        is_word = isinstance(value, str)
+        if is_word != (name in NAMED_SETTINGS) or not (is_word or math.isfinite(float(value))) or not holds(value):
             raise UserError(f"`{name}` must be {rule}, got {value!r}.")
 
 
