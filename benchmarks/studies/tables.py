@@ -392,7 +392,7 @@ def losses(losses: Rows) -> str:
         lines.append(line)
     columns = ["Loss", "Score, no safeguard", "Score, safeguard", "Safeguard minus none"]
     columns += ["Winners' error, no safeguard", "Winners' error, safeguard"]
-    chance = f"Of {compared} comparisons with `sigmoid`, chance alone marks about {0.05 * compared:.0f}"
+    chance = f"Of {compared} comparisons with `sigmoid`, chance alone marks about {0.05 * compared:g}"
     return markdown(columns, lines, note(usual, chance))
 
 
