@@ -427,6 +427,7 @@ class DiffusionSDPOTrainer(Trainer):
             autocast=self.engine.autocast,
             budget=budget,
             by_halves=predicts_halves(args, denoiser, self.loss_spec),
+            average=self.engine.average,
         )
         self.winner_budget = None
         if budget is not None:

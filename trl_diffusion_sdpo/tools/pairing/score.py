@@ -112,6 +112,12 @@ def score_pairs(
     pairs = prepare_dataset(dataset, reading, name="pairs")
     assert isinstance(pairs, PreferenceDataset)
     source, origins = pairs.source, pairs.positions
+    if source.single_images:
+        raise UserError(
+            "`pairs score` scores both images of pairs, and these data have single images, liked or disliked. Pass the "
+            "images without the column `label` or `score` to a scorer of `load_scorer`, and write its numbers into a "
+            "column `score`."
+        )
     described = {"scorers": [describe_scorer(scorer) for scorer in scorers]}
     write_description(folder / SUMMARY_FILE, described)
     places, numbers = np.unique(origins.reshape(-1, 2), axis=0, return_inverse=True)
