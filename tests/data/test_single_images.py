@@ -12,6 +12,7 @@ from tiny_pairs import JUNK, png, prepare
 
 from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.data import PairMixture
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 
 
 def judged(values, column="label", bad=(), **columns):
@@ -114,9 +115,32 @@ def test_single_images_and_pairs_train_together(make_pairs):
     assert prompts >= {(f"prompt {i}",) * 2 for i in range(3)} and len(prepared) == 5
 
 
-def test_a_bad_image_is_counted_and_the_others_train():
-    prepared = prepare(judged([1, 1, 0, 0], bad=[1]), verify_images="all")
-    assert prepared.report.undecodable == 1 and len(prepared) == 1
+def test_a_bad_image_is_counted_once_and_takes_no_good_one_with_it():
+    prepared = prepare(judged([1, 1, 0, 0, 0, 0, 0], bad=[1, 4]), verify_images="all")
+    assert prepared.report.undecodable == 2 and "row 1: image" in str(prepared.report)
+    check(prepared, [0], [2, 3, 5, 6])
+    rows = judged([1, 0, 1, 0]).to_list()
+    rows[2]["image"] = png(3, (12, 9))
+    prepared = prepare(rows, min_side=10)
+    assert prepared.report.too_small == 1 and "9 pixels along the shorter side" in str(prepared.report)
+    check(prepared, [0], [1, 3])
+
+
+def test_two_images_of_one_bucket_are_matched():
+    """Except where a bucket has images of one kind only."""
+    sizes = [(32, 16), (16, 32)] * 6 + [(16, 16)]
+    rows = [{"prompt": "p", "image": png(i + 1, size), "label": i % 4 < 2} for i, size in enumerate(sizes)]
+    buckets = AspectRatioBuckets((32, 32), step=8)
+    prepared = prepare(rows, resolution=32, buckets=buckets)
+    assert len(prepared) == 7
+    alone = 0
+    for pair, (liked, _, disliked, _) in enumerate(prepared.positions.tolist()):
+        alone += 12 in (liked, disliked)
+        assert 12 in (liked, disliked) or sizes[liked] == sizes[disliked]
+        height, width = prepared.target_size(pair)
+        assert 12 in (liked, disliked) or (height > width) == (sizes[liked][1] > sizes[liked][0])
+    assert alone == 1
+    assert {row for pair in prepared.positions.tolist() for row in pair[::2]} == set(range(13))
 
 
 def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():

@@ -19,6 +19,7 @@ from .mixtures import PairMixture
 from .pair_table import PairTable
 from .pairs import Pairs
 from .permuted_losers import PermutedLosers
+from .single_images import match_again
 from .sources import PairSource, make_source
 from .streaming import PreferenceIterableDataset, Stream
 
@@ -69,10 +70,10 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     pairs = source.index_pairs(report.add)
     if options.permutes:  # only winners: training draws the losers
         pairs = PairTable(pairs.positions[:, [0, 1, 0, 1]], {})
-    if source.single_images and len(pairs) and not options.permutes:
-        report.notes += notes_on_single_images(source, pairs)
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
+    if source.single_images and len(pairs) and not options.permutes:
+        report.notes += _notes_on_single_images(source, pairs)
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
@@ -138,7 +139,7 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
         )
 
 
-def notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
+def _notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
     """Return lines for the report: how liked and disliked images became pairs, and how many are both."""
     liked, disliked = (np.unique(pairs.positions[:, column]) for column in (0, 2))
     matched = f"{len(liked)} liked and {len(disliked)} disliked images are matched at random"
@@ -165,6 +166,8 @@ def _drop_bad_images(
     sizes, reasons = source.examine_images(
         pairs.positions, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
     )
+    if all(row_format.single_images for row_format in source.formats):
+        return _drop_bad_single_images(source, pairs, sizes, reasons, options, report)
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
@@ -185,6 +188,35 @@ def _drop_bad_images(
             size = f"{target.width}x{target.height}" if options.buckets is None else "of their bucket"
             report.notes += (f"{enlarged} pairs have an image that is enlarged to the size {size} (`resolution`)",)
     return pairs
+
+
+def _drop_bad_single_images(
+    source: PairSource,
+    pairs: PairTable,
+    sizes: np.ndarray,
+    reasons: dict[tuple[int, int], str],
+    options: PairOptions,
+    report: DataReport,
+) -> PairTable:
+    """Match the images that remain anew, so that a bad one takes no good one with it, and as far as possible two of one
+    bucket."""
+    is_readable = np.asarray((sizes > 0).all(2))  # (P, 2)
+    is_large = np.asarray((sizes >= (options.min_side or 0)).all(2))
+    for kind, is_bad in (("undecodable", ~is_readable), ("too_small", is_readable & ~is_large)):
+        found = {int(row): size for row, size in zip(pairs.positions[:, [0, 2]][is_bad], sizes[is_bad], strict=True)}
+        for row, size in found.items():
+            small = f"{min(size)} pixels along the shorter side, and `min_side={options.min_side}`"
+            report.add(kind, row, f"image {reasons.get((row, 0), MISSING)}" if kind == "undecodable" else small)
+    buckets = None
+    if options.buckets is not None:
+        flat = np.tile(sizes.reshape(-1, 2), 2).astype(np.int64)  # (2P, 4): each image twice
+        buckets = options.buckets.assign(flat).reshape(-1, 2)
+    matched = match_again(pairs.positions, is_readable & is_large, buckets)
+    if options.buckets is None:
+        return PairTable(matched, {})
+    by_row = dict(zip(pairs.positions[:, [0, 2]].reshape(-1).tolist(), sizes.reshape(-1, 2), strict=True))
+    of_pairs = np.array([[*by_row[liked], *by_row[disliked]] for liked, _, disliked, _ in matched.tolist()])
+    return PairTable(matched, {"size": options.buckets.assign(of_pairs.reshape(-1, 4).astype(np.int64))})
 
 
 def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:

@@ -66,14 +66,43 @@ def match_images(
     if has_scores:
         least = scores[is_liked].min()
         logger.info("%s data: images with a score of %g or more are liked, the others disliked.", name, least)
+    is_winner = ~is_liked if row_format.is_swapped else is_liked
+    return _matched(images[is_winner], images[~is_winner], np.random.default_rng(ORDER))
+
+
+def match_again(positions: np.ndarray, is_good: np.ndarray, buckets: np.ndarray | None) -> np.ndarray:
+    """Return pairs of the good images of `positions`, with buckets of two images in one bucket as far as there are any.
+
+    Args:
+        positions (`np.ndarray` of shape `(P, 4)`): Pairs of [`match_images`].
+        is_good (`np.ndarray` of shape `(P, 2)`): Whether each of their images can be used.
+        buckets (`np.ndarray` of shape `(P, 2)`, *optional*): Bucket of each image.
+    """
+    rows, numbers = [], []
+    for side in (0, 1):
+        images, first = np.unique(positions[:, 2 * side], return_index=True)
+        good = is_good[first, side]
+        rows.append(images[good])
+        numbers.append(np.zeros(good.sum()) if buckets is None else buckets[first[good], side])
     generator = np.random.default_rng(ORDER)
-    wanted = max(is_liked.sum(), (~is_liked).sum())
-    liked, disliked = (_repeated(images[kind], wanted, generator) for kind in (is_liked, ~is_liked))
-    if row_format.is_swapped:
-        liked, disliked = disliked, liked
-    positions = np.zeros((wanted, 4), dtype=np.int32 if images[-1] <= np.iinfo(np.int32).max else np.int64)
-    positions[:, 0], positions[:, 2] = liked, disliked
-    return positions
+    parts = [positions[:0]]
+    for bucket in np.union1d(*numbers) if all(map(len, rows)) else ():
+        own = [images[number == bucket] for images, number in zip(rows, numbers, strict=True)]
+        wanted = max(map(len, own))
+        winners, losers = (
+            of_bucket if len(of_bucket) else generator.choice(images, wanted)
+            for of_bucket, images in zip(own, rows, strict=True)
+        )
+        parts.append(_matched(winners, losers, generator))
+    return np.concatenate(parts)
+
+
+def _matched(liked: np.ndarray, disliked: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return positions `(P, 4)` of pairs, with P the larger number of rows of the two kinds."""
+    wanted = max(len(liked), len(disliked))
+    rows = [_repeated(kind, wanted, generator) for kind in (liked, disliked)]
+    positions = np.stack([rows[0], np.zeros_like(rows[0]), rows[1], np.zeros_like(rows[1])], axis=1)
+    return positions.astype(np.int32 if positions.max() <= np.iinfo(np.int32).max else np.int64)
 
 
 def _repeated(rows: np.ndarray, wanted: int, generator: np.random.Generator) -> np.ndarray:
