@@ -81,7 +81,7 @@ def _mixed(words: list[np.ndarray]) -> list[np.ndarray]:
     constants = _constants(*POOL_HASH)
     pool = [_hashed(word, next(constants)) for word in words]
     for source, target in itertools.permutations(range(POOL), 2):
-        word = pool[target] * MIX_LEFT - _hashed(pool[source], next(constants)) * MIX_RIGHT
+        word: np.ndarray = pool[target] * MIX_LEFT - _hashed(pool[source], next(constants)) * MIX_RIGHT
         pool[target] = word ^ word >> QUARTER
     return pool
 
