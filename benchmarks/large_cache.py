@@ -62,9 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
                 for more in (["--batches", "0"], [])
             ]
             measured.append({**starts[1], "first_seconds": starts[0]["seconds"]})
+            # Before the folder is deleted, which takes long.
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(table(measured))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
