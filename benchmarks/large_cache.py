@@ -1,10 +1,11 @@
-"""Measure whether training reads a cache of ten million pairs: memory, memory maps and open files of each process, and
-pairs per second.
+"""Measure whether training reads a cache of ten million pairs: memory, memory maps and open files of each process, CPU
+time to open it, and pairs per second.
 
 The cache is a stub with as many files as that of 1024 px images, 64 images to a file, whose latents have one number.
 Rows have embedded images of one byte, which are never decoded. The trainer's own classes read them: `prepare_dataset`,
-`ShardStore`, `EncodedPairs`, `BatchLoaders`. Each number of pairs has a new process, whose two workers are first forked
-and then spawned.
+`ShardStore`, `EncodedPairs`, `BatchLoaders`. Each number of pairs has two new processes: the first makes the index of
+the pairs and the table of the cache's rows, and the second, which starts as later runs do, reads with 8 forked workers
+and then with 2 spawned ones. Private memory is what no other process shares and no file holds.
 """
 
 import argparse
@@ -25,19 +26,23 @@ from safetensors.torch import save
 from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 
-STARTS = ("fork", "spawn")
+WORKERS = {"fork": 8, "spawn": 2}
 IMAGES = 64  # images to a file, as at 1024 px
 CHUNK = 100_000  # rows per write
 SIDE = 1024
 BATCH = 8
 MAPS = 65_530  # Linux's default limit of memory maps for each process
-LINES = {"private": ("Private_Clean:", "Private_Dirty:"), "shared": ("Shared_Clean:", "Shared_Dirty:")}
+LINES = {
+    "private": ("Private_Dirty:",),
+    "read": ("Private_Clean:",),  # pages of files that no other process has read; the system drops them at need
+    "shared": ("Shared_Clean:", "Shared_Dirty:"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.measure:
-        print(json.dumps(read(Path(options.measure), options.pairs[0], options)))
+        print(json.dumps(measure(Path(options.measure), options.pairs[0], options)))
         return
     measured = []
     for pairs in options.pairs:
@@ -46,17 +51,26 @@ def main(arguments: list[str] | None = None) -> None:
             write_cache(Path(folder), pairs, options.prompts)
             words = ["--pairs", pairs, "--prompts", options.prompts, "--batches", options.batches]
             command = [sys.executable, __file__, "--measure", folder, *map(str, words)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": f"{folder}/datasets"}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            measured.append(json.loads(done.stdout.splitlines()[-1]))
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_DATASETS_CACHE": f"{folder}/datasets",
+                "XDG_CACHE_HOME": folder,
+            }
+            starts = [
+                json.loads(subprocess.check_output([*command, *more], env=environment, text=True).splitlines()[-1])
+                for more in (["--batches", "0"], [])
+            ]
+            measured.append({**starts[1], "first_seconds": starts[0]["seconds"]})
+            # Before the folder is deleted, which takes long.
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(table(measured))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 10_000_000])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--prompts", type=int, default=1_000_000, help="largest number of distinct prompts")
     parser.add_argument("--batches", type=int, default=500, help=f"batches of {BATCH} random pairs to read")
     parser.add_argument("--quick", action="store_true", help="the smallest form, in seconds")
@@ -139,8 +153,8 @@ def write_shards(store: Any, name: str, others: dict[str, torch.Tensor]) -> None
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Open the pairs and the cache, read random batches with two workers, and return what each process needs."""
+def measure(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Open the pairs and the cache, read random batches with workers, and return what each process needs."""
     import datasets
     from accelerate import Accelerator
 
@@ -150,27 +164,27 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
     from trl_diffusion_sdpo.data.batch_loaders import BatchLoaders
 
     seconds, found = {}, {"at the start": process("self")}
-    begin = time.perf_counter()
+    begin = time.process_time()
     table = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
     transform = PairTransform(SIDE, center_crop=True, random_flip=False)
     dataset = prepare_dataset(table, PairOptions(transform, verify_images="none"))
-    seconds["pairs"] = time.perf_counter() - begin
+    seconds["pairs"] = time.process_time() - begin
     found["pairs indexed"] = process("self")
-    begin = time.perf_counter()
+    begin = time.process_time()
     images, prompts = stores(folder, pairs, options.prompts)
     missing = len(images.missing()) + len(prompts.missing())
     assert missing == 0, f"the stub lacks {missing} rows"
     rows, digests = ImageRows.of(dataset, 1), sorted_by_hash(dataset.prompts())[1]
     dataset.use_encoded(EncodedPairs(images, rows, prompts, digests))
-    seconds["cache"] = time.perf_counter() - begin
+    seconds["cache"] = time.process_time() - begin
     found["cache opened"] = process("self")
     rates = {}
-    for start in STARTS:
+    for start, workers in WORKERS.items() if options.batches else ():
         args = DiffusionSDPOConfig(
             str(folder / "run"),
             use_cpu=True,
             report_to="none",
-            dataloader_num_workers=2,
+            dataloader_num_workers=workers,
             dataloader_multiprocessing_context=start,
         )
         loaders = BatchLoaders(args, Accelerator(cpu=True))
@@ -184,8 +198,8 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
             assert batch["moments"].flatten().tolist() == expected.tolist(), "a row of another image was read"
         rates[start] = BATCH * options.batches / (time.perf_counter() - begin)
         found[f"training process ({start})"] = process("self")
-        workers = [child for child in children() if "resource_tracker" not in command_of(child)]
-        found |= {f"worker {number} ({start})": process(worker) for number, worker in enumerate(workers)}
+        readers = [child for child in children() if "resource_tracker" not in command_of(child)]
+        found |= {f"worker {number} ({start})": process(reader) for number, reader in enumerate(readers)}
         del batches
     files = sum(1 for _ in images.path.iterdir()) + sum(1 for _ in prompts.path.iterdir())
     facts = {"pairs": pairs, "shard_files": files, "seconds": seconds, "pairs_per_second": rates}
@@ -193,7 +207,7 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
 
 
 def process(number: str) -> dict[str, float]:
-    """Return a process's memory (MiB) without and with pages that it shares, its memory maps and its open files."""
+    """Return a process's memory (MiB) by kind, its memory maps and its open files."""
     place = Path("/proc") / number
     lines = [line.split() for line in (place / "smaps_rollup").read_text().splitlines()[1:]]
     kilobytes = {line[0]: int(line[1]) for line in lines}
@@ -214,16 +228,19 @@ def command_of(pid: str) -> str:
 
 def table(measured: list[dict[str, Any]]) -> str:
     lines = [
-        "| pairs | shard files | process | private | shared | maps | open files |",
-        "|---|---|---|---|---|---|---|",
+        "| pairs | shard files | process | private | files it alone read | shared | maps | open files |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in measured:
         for name, found in run["processes"].items():
             facts = [run["pairs"], run["shard_files"], name, f"{found['private']:.0f} MiB"]
-            facts += [f"{found['shared']:.0f} MiB", found["maps"], found["files"]]
+            facts += [f"{found['read']:.0f} MiB", f"{found['shared']:.0f} MiB", found["maps"], found["files"]]
             lines.append(f"| {' | '.join(map(str, facts))} |")
         rates = ", ".join(f"{rate:.0f} ({start})" for start, rate in run["pairs_per_second"].items())
-        opened = f"Opened in {run['seconds']['pairs']:.0f} s (pairs) and {run['seconds']['cache']:.0f} s (cache)"
+        opened = "Opened in " + " and later ".join(
+            f"{seconds['pairs']:.1f} s (pairs), {seconds['cache']:.1f} s (cache)"
+            for seconds in (run["first_seconds"], run["seconds"])
+        )
         lines.append(f"\n{opened}, then {rates} pairs a second.\n")
     most = max(found["maps"] for run in measured for found in run["processes"].values())
     return "\n".join([*lines, f"\nA process has at most {most} memory maps. Linux allows {MAPS}."])

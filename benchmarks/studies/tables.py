@@ -737,15 +737,20 @@ def step_time(results: dict[str, Any]) -> str:
 
 
 def large_cache(results: list[dict[str, Any]]) -> str:
-    columns = ["Pairs", "Files", "Workers start by", "Private memory, training process", "Of a worker", "Maps"]
+    """CPU time to open a cache, and what its readers keep in memory."""
     lines = []
     for size in results:
-        for way, speed in size["pairs_per_second"].items():
-            worker = size["processes"][f"worker 0 ({way})"]
-            private = size["processes"][f"training process ({way})"]["private"]
-            cells = [f"{size['pairs']:.0e}".replace("e+0", "e"), str(size["shard_files"]), way, f"{private:.0f} MiB"]
-            lines.append([*cells, f"{worker['private']:.0f} MiB", f"{worker['maps']}", f"{speed:.0f}"])
-    return markdown([*columns, "Pairs per second"], lines)
+        found = size["processes"]
+        readers = {
+            way: [found[name] for name in found if "worker" in name and way in name] for way in ("fork", "spawn")
+        }
+        opened = [f"{sum(seconds.values()):.1f} s" for seconds in (size["first_seconds"], size["seconds"])]
+        own = found["cache opened"]["private"] - found["at the start"]["private"]
+        kept = [f"{max(reader['private'] for reader in of):.0f} MiB" for of in readers.values()]
+        files = max(process["files"] for process in found.values())
+        lines.append([f"{size['pairs']:,}", f"{size['shard_files']:,}", *opened, f"{own:.0f} MiB", *kept, f"{files}"])
+    columns = ["Pairs", "Files", "First start", "Later starts", "Memory", "Of a forked worker", "Of a spawned one"]
+    return markdown([*columns, "Open files"], lines)
 
 
 def start_up(results: dict[str, Any]) -> str:

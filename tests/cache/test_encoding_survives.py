@@ -183,7 +183,7 @@ def test_disks_of_each_machines_own_are_refused_in_both_processes(start, tmp_pat
         said = capfd.readouterr().err
         assert ended == [1, 1], said[-3000:]
         for rank in range(2):
-            assert re.search(f"ValueError: .*{tmp_path}/disk {rank}/.*`precompute_dir`", said), said[-3000:]
+            assert re.search(f"UserError: .*{tmp_path}/disk {rank}/.*`precompute_dir`", said), said[-3000:]
 
 
 @pytest.fixture

@@ -175,9 +175,10 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         "noise": {"noise_offset": 0.1},
         "precision": {"bf16": True},
         "components": {"vae_dtype": "bfloat16"},
+        "batch": {"safeguard": "parameter", "safeguard_kwargs": {"low_memory": True}},
     }.items():
         assert computed(**settings) == 1, fact
-    assert computed(precompute_epochs=2) == 2
+    assert computed(precompute_epochs=2) == computed(per_device_train_batch_size=2) == 2
     for settings in ({"resolution": 24}, {"random_crop": True}, {"proportion_empty_prompts": 0.2}):
         assert computed(**settings) == 1, settings
 

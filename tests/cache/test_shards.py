@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import pickle
 import subprocess
 import threading
@@ -181,21 +182,25 @@ def test_a_finished_store_is_checked_by_one_file_which_its_readers_share(store, 
 
 
 def test_a_worker_that_starts_after_another_run_has_added_rows_reads_on(store, listed, tmp_path):
+    """The table of rows that it maps stays until no run can read it any more."""
     (store.path / "000002.safetensors").rename(tmp_path / "later")
     short = ShardStore(tmp_path, {"vae": "a"}, ROWS)
-    assert missing(short) == missing(short) == [8, 9]  # mapped at the second call
+    assert missing(short) == [8, 9]
     spawned = pickle.dumps(short)
     (tmp_path / "later").rename(store.path / "000002.safetensors")
-    for file in tmp_path.glob("*.npy"):
-        file.unlink()
-    assert pickle.loads(spawned).read(5).keys() == row_of(5).keys()
+    (tmp_path / f"{store.path.name}.5.npy").write_bytes(b"a table that no run has read for a month")
+    os.utime(tmp_path / f"{store.path.name}.5.npy", (0, 0))
+    assert missing(ShardStore(tmp_path, {"vae": "a"}, ROWS)) == [] and len(listed) == 2 + 3
+    worker = pickle.loads(spawned)
+    assert worker.read(5).keys() == row_of(5).keys() and not worker.has(8)
+    assert not (tmp_path / f"{store.path.name}.5.npy").exists()
 
 
 def test_a_store_that_has_changed_is_listed_anew(store, listed, tmp_path):
     (store.path / "000001.safetensors").unlink()
     assert missing(store) == [4, 5, 6, 7] and len(listed) == 2
     write(store, 1, range(4, 8))
-    assert missing(store) == [] and len(list(tmp_path.glob("*.npy"))) == 1
+    assert missing(store) == [] and len(listed) == 2 + 3
 
 
 def test_a_shard_that_cannot_be_read_is_found_by_the_next_start(store, listed, tmp_path):
@@ -210,8 +215,25 @@ def test_a_shard_that_cannot_be_read_is_found_by_the_next_start(store, listed, t
 def test_rows_that_a_run_does_not_read_are_not_missing(store, tmp_path):
     (store.path / "000001.safetensors").unlink()
     odd = ShardStore(tmp_path, {"vae": "a"}, ROWS, lambda: np.arange(ROWS) % 2 == 1)
-    assert missing(odd) == [5, 7] and odd.present == 6 and not odd.has(5)
-    assert odd.rows_in_shard(1) == {} and set(odd.rows_in_shard(2)) == {8, 9}
+    assert missing(odd) == [5, 7] and odd.wanted == 5 and not odd.has(5)
+
+
+def test_rows_are_added_beside_those_that_other_runs_read_and_in_place_of_damaged_ones(store):
+    """A network disk takes a file that is replaced away from readers on other machines."""
+    (store.path / "000001.safetensors").unlink()
+    rows = {row: row_of(row) for row in range(4, 8)}
+    inodes = {file: file.stat().st_ino for file in store.path.glob("*.safetensors")}
+    store.add(1, {row: rows[row] for row in (4, 5)}, step=3)
+    store.add(1, {row: rows[row] for row in (6, 7)}, step=3)
+    assert (store.path / "000001.safetensors").exists() and (store.path / "000004.safetensors").exists()
+    assert_whole(store)
+    assert inodes == {file: file.stat().st_ino for file in inodes}
+    damaged = store.path / "000004.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert missing(store) == [6, 7]
+    store.add(1, {row: rows[row] for row in (6, 7)}, step=3)
+    assert_whole(store)
+    assert len(list(store.path.glob("*.safetensors"))) == 4
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut off"])

@@ -1,5 +1,6 @@
 """The index of a large data set is kept between starts: equal to a new one, and never one of other data."""
 
+import pickle
 import threading
 
 import datasets
@@ -52,6 +53,14 @@ def test_a_second_start_reads_no_labels_and_has_the_same_pairs_and_report(made):
     first = prepared(pickapic(labels))
     assert prepared(pickapic(labels)) == first and len(made) == 1
     assert "21 ties" in first[1] and "1 bad labels" in first[1]
+
+
+def test_a_spawned_worker_maps_a_kept_index_too():
+    labels = [1.0, 0.0] * 2000
+    prepare_dataset(pickapic(labels), OPTIONS)
+    pairs = prepare_dataset(pickapic(labels), OPTIONS)
+    sent = pickle.dumps(pairs._pairs)
+    assert len(sent) < 1000 and np.array_equal(pickle.loads(sent).positions, pairs.positions)
 
 
 def test_scores_are_kept(made):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from ..data.dataset import PreferenceDataset
 from ..data.fingerprints import digest_of
+from ..data.flips import mirrored
 from ..data.images import UndecodableImageError
 from ..data.transforms import PairDraws
 from ..utils.errors import UserError
@@ -38,7 +38,7 @@ class ImageRows:
 
     seed: int  # seed of the random crops and flips
     images: np.ndarray  # which of the I images are winner and loser of each of the P pairs, `(P, 2)`
-    sources: np.ndarray  # for each image, a pair that contains it, and 1 if it is the loser, else 0: `(I, 2)`
+    count: int  # I
     flips: bool  # whether images may be mirrored
     crops: int | None  # number of random crops of each image; `None` if crops are centered
 
@@ -49,10 +49,14 @@ class ImageRows:
         small = np.int32 if 2 * len(dataset) <= np.iinfo(np.int32).max else np.int64  # tens of millions of pairs
         if random_crops:
             images = np.arange(2 * len(dataset), dtype=small)
-            return cls(dataset.seed, images.reshape(-1, 2), np.stack(np.divmod(images, 2), axis=1), flips, crops)
-        _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
-        sources = np.stack(np.divmod(first.astype(small), 2), axis=1)
-        return cls(dataset.seed, numbers.astype(small).reshape(-1, 2), sources, flips, None)
+            return cls(dataset.seed, images.reshape(-1, 2), len(images), flips, crops)
+        distinct, numbers = np.unique(dataset.image_numbers().ravel(), return_inverse=True)
+        return cls(dataset.seed, numbers.astype(small).reshape(-1, 2), len(distinct), flips, None)
+
+    def sources(self) -> np.ndarray:
+        """Return, for each image, a pair that contains it, and 1 if it is the loser, else 0: `(I, 2)`."""
+        first = np.unique(self.images, return_index=True)[1].astype(self.images.dtype)
+        return np.stack(np.divmod(first, 2), axis=1)
 
     @property
     def variants(self) -> int:
@@ -62,25 +66,26 @@ class ImageRows:
         return 2 if self.flips else 1
 
     def __len__(self) -> int:
-        return self.variants * len(self.sources)
+        return self.variants * self.count
 
     def drawn(self, epochs: int) -> np.ndarray:
         """Return a mask of the rows that training reads in its first `epochs` epochs, `(len(self),)`."""
-        drawn = np.zeros((self.variants, len(self.sources)), dtype=bool)
+        drawn = np.zeros((self.variants, self.count), dtype=bool)
         if self.crops is not None:
             drawn[:epochs] = True
         else:
-            for epoch, pair in itertools.product(range(epochs), range(len(self.images))):
-                draws = PairDraws.from_key(self.seed, epoch, pair)
-                drawn[int(self.is_mirrored(draws, epoch, pair)), self.images[pair]] = True
+            for epoch in range(epochs):
+                flipped = mirrored(self.seed, epoch, len(self.images)) & self.flips
+                for variant in range(self.variants):
+                    drawn[variant, self.images[flipped == variant]] = True
         return drawn.ravel()
 
     def draws_of(self, row: int) -> PairDraws:
         """Return the random numbers that decide how the image in a row is flipped and cropped."""
-        variant, image = divmod(row, len(self.sources))
+        variant, image = divmod(row, self.count)
         if self.crops is None:
             return MIRRORED if variant else PLAIN
-        return PairDraws.from_key(self.seed, variant, int(self.sources[image, 0]))
+        return PairDraws.from_key(self.seed, variant, image // 2)
 
     def of_pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> list[int]:
         """Return the row numbers of a pair's winner and loser in an epoch.
@@ -104,7 +109,7 @@ class ImageRows:
         elif self.flips and draws is not None:
             variant = int(draws.flip < 0.5)
         images = self.images[pair, 0], self.images[pair if loser is None else loser, 1]
-        return [variant * len(self.sources) + int(image) for image in images]
+        return [variant * self.count + int(image) for image in images]
 
     def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
         """Return whether a pair's images are mirrored in an epoch. For the arguments, see `of_pair`."""

@@ -4,7 +4,6 @@ read it."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import logging
@@ -166,7 +165,7 @@ class PairEncoding:
         epochs = self._settings.epochs(dataset) if dataset.is_for_training else None
         if rows.variants == 1 or epochs is None or epochs > FEW_EPOCHS or dataset.has_sources or dataset.draws_losers:
             return None
-        return functools.cache(partial(rows.drawn, epochs))
+        return partial(rows.drawn, epochs)
 
     def _use(self, dataset: PreferenceDataset, cache: _Cache) -> None:
         family = self._frozen.family
@@ -176,7 +175,7 @@ class PairEncoding:
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
         encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(encoded)
-        self.report.images += cache.images.present
+        self.report.images += cache.images.wanted
         self.report.prompts += len(cache.texts)
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
@@ -209,10 +208,10 @@ class PairEncoding:
     def _encode_images(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the images. One shard has all crops and flips of its images that some run has
-        read."""
+        """Encode this process's share of the images. A shard has the crops and flips of its images that no other
+        has."""
         rows, (height, width) = cache.rows, self._settings.size
-        count, variants = len(rows.sources), rows.variants
+        count, variants = rows.count, rows.variants
         size = max(1, min(SHARD_IMAGES, SHARD_PIXELS // (height * width)) // variants)  # number of images in a shard
         missing = missing[np.argsort(missing % count, kind="stable")]  # all variants of an image one after the other
         shard_of = missing % count // size
@@ -220,7 +219,9 @@ class PairEncoding:
         missing = missing[np.isin(shard_of, numbers)]
         starts = np.flatnonzero(np.diff(missing % count, prepend=-1))  # of the rows of each image
         parts = np.stack([starts, np.append(starts[1:], len(missing))[: len(starts)]], axis=1)
-        decoded = _Results(partial(_decoded_variants, dataset, rows, missing), parts)  # workers would copy a list
+        sources = rows.sources() if len(missing) else np.empty((0, 2), int)
+        # Arrays, because workers would copy lists.
+        decoded = _Results(partial(_decoded_variants, dataset, rows, sources, missing), parts)
         loaded = self._settings.load(decoded, dataset, variants * 3 * height * width) if len(missing) else ()
         undecodable: list[tuple[int, str]] = []
         encoded = zip((missing[slice(*part)] for part in parts.tolist()), loaded, strict=True)
@@ -229,13 +230,13 @@ class PairEncoding:
                 waiting = _ImageBatches(partial(self._moments, family), bar)
                 for of_image, item in of_shard:
                     if isinstance(item, UndecodableImageError):
-                        pair = int(rows.sources[of_image[0] % count, 0])
+                        pair = int(sources[of_image[0] % count, 0])
                         undecodable.append((pair, f"pair {pair}: {item}"))
                         waiting.leave_out(of_image.tolist())
                         continue
                     for row, (pixels, sizes) in zip(of_image.tolist(), item, strict=True):
                         waiting.add(row, pixels, sizes)
-                cache.images.write(number, cache.images.rows_in_shard(number) | waiting.finished())
+                cache.images.add(number, waiting.finished(), step=-(-count // size))
         return len(missing), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
@@ -403,14 +404,14 @@ class _Results(Dataset):
 
 
 def _decoded_variants(
-    dataset: PreferenceDataset, rows: ImageRows, missing: np.ndarray, part: np.ndarray
+    dataset: PreferenceDataset, rows: ImageRows, sources: np.ndarray, missing: np.ndarray, part: np.ndarray
 ) -> list[tuple[torch.Tensor, list[Any]]]:
     """Decode an image, and return pixels and sizes for each of its crops and flips in a part of the `missing` rows.
 
     The sizes are no tensors. They wait until the shard is full, and each tensor of a worker would keep a file open.
     """
     of_image = missing[slice(*part.tolist())].tolist()
-    pair, side = rows.sources[of_image[0] % len(rows.sources)].tolist()
+    pair, side = sources[of_image[0] % rows.count].tolist()
     variants = dataset.image_variants(pair, side, [rows.draws_of(row) for row in of_image])
     return [(pixels, [*sizes, tuple(pixels.shape[1:])]) for pixels, *sizes in variants]
 

@@ -109,15 +109,18 @@ class ReferenceErrors:
         """Return the store on disk for the errors on a data set. Call it in all processes together."""
         noise = dataclasses.asdict(self._forward.noise_settings)
         del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
+        training = dataset.is_for_training
+        size = self._settings.batch_size if training else self._settings.eval_batch_size
         facts = {
             **self._settings.facts,
+            "batch": [size, training and self._forward.by_halves],  # other batches may round in another way
             "data": dataset.fingerprint(thorough=True, peers=self._settings.peers),
             "draw_settings": dataset.draw_settings(),
             "noise": noise,
             "version": VERSION,
             "epochs": self._epochs(dataset),
         }
-        if not dataset.is_for_training:
+        if not training:
             facts["crops"] = None
         return ShardStore(self._settings.folder / ERRORS, facts, len(self._shards(dataset)))
 

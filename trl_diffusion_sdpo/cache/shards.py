@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -23,6 +24,7 @@ from ..utils.errors import UserError
 from ..utils.files import write_atomically
 from ..utils.identity import differences, listed, read_description
 from ..utils.locks import FolderLock
+from ..utils.mapped_arrays import map_array
 from ..utils.processes import Peers
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ PARTIAL = ".partial"  # ending of the names of unfinished files
 OF_DATA = ("data", "prompts")  # entries of keys that say of which data the rows are
 LISTED_ROWS = 20_000  # a smaller cache is listed in a second
 OPEN_SHARDS = 64  # Linux allows a process 65,530 memory maps, and millions of pairs have more shards
+KEPT_SECONDS = 30 * 24 * 3600  # longer than a run that has mapped a list of rows
 POLL_SECONDS = 5.0  # time between two attempts to get a lock that another run has
 
 
@@ -59,30 +62,18 @@ class ShardStore:
         self.path = Path(folder) / hashlib.sha256(self._key.encode()).hexdigest()[:16]
         self._shard_of = np.full(rows, -1, dtype=np.int32)  # number of the shard with each row, or -1 for none
         self._needed = needed
+        self.wanted = rows  # number of rows that this run reads, once [`missing`] has listed them
 
     def __len__(self) -> int:
         return len(self._shard_of)
-
-    @property
-    def present(self) -> int:
-        """Number of rows that the shards contained when [`missing`] listed them."""
-        return int(np.count_nonzero(self._shard_of >= 0))
 
     def has(self, row: int) -> bool:
         """Return whether a shard contained the row when [`missing`] listed them."""
         return bool(self._shard_of[row] >= 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the table of rows to its file, which spawned workers map too."""
-        state = self.__dict__ | {"_needed": None}
-        return state | {"_shard_of": len(self)} if isinstance(self._shard_of.base, np.memmap) else state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(self._shard_of, int):
-            self._shard_of = np.full(self._shard_of, -1, dtype=np.int32)
-            if not self._read_listed():  # another run has added rows meanwhile
-                self._list_shards()
+        """Leave out what lists the rows of this run: workers only read."""
+        return self.__dict__ | {"_needed": None}
 
     def missing(self) -> np.ndarray:
         """Return the numbers of the rows that this run reads and no shard in the folder contains. A damaged or foreign
@@ -94,10 +85,12 @@ class ShardStore:
         with self._naming_the_folder():
             if not self._read_listed():
                 self._list_shards()
-        missing = np.flatnonzero(self._shard_of == -1)
-        if len(missing) and self._needed is not None:
-            missing = missing[self._needed()[missing]]
-        return missing
+        missing = self._shard_of == -1
+        if self._needed is not None:
+            needed = self._needed()
+            self.wanted = int(np.count_nonzero(needed))
+            missing = missing & needed
+        return np.flatnonzero(missing)
 
     def _list_shards(self) -> None:
         if self._shard_of.flags.writeable:
@@ -113,19 +106,23 @@ class ShardStore:
                 logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
                 is_whole = False
         if is_whole and len(self) >= LISTED_ROWS and listed == self._listed():  # nobody has written meanwhile
-            self._forget_listed()
             with contextlib.suppress(OSError):  # a complete cache may be read-only
+                self._delete_old()
                 write_atomically(listed, partial(np.save, arr=self._shard_of, allow_pickle=False))
+                self._read_listed()
 
     def _read_listed(self) -> bool:
         """Map the table of rows that was written when the folder was as it is now. Return whether there is one."""
+        listed = self._listed()
         try:
-            table = np.load(self._listed(), mmap_mode="r", allow_pickle=False)
+            table = map_array(listed)
         except (OSError, ValueError):
             return False
         if table.shape != (len(self),) or table.dtype != np.int32:
             return False
-        self._shard_of = np.asarray(table)
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(listed)
+        self._shard_of = table
         return True
 
     def _listed(self) -> Path:
@@ -133,23 +130,25 @@ class ShardStore:
         changed = self.path.stat().st_mtime_ns if self.path.exists() else 0
         return self.path.with_name(f"{self.path.name}.{changed}.npy")
 
-    def _forget_listed(self) -> None:
-        with contextlib.suppress(OSError):
-            for file in self.path.parent.glob(f"{self.path.name}.*.npy"):
+    def _delete_old(self) -> None:
+        """Delete tables that no start has used for long. On a network disk, a run that has mapped one would crash."""
+        for file in self.path.parent.glob(f"{self.path.name}.*.npy"):
+            if time.time() - file.stat().st_mtime > KEPT_SECONDS:
                 file.unlink()
 
-    def rows_in_shard(self, number: int) -> dict[int, dict[str, torch.Tensor]]:
-        """Return the rows of a shard, or none if there is no such shard or it is damaged."""
-        rows: dict[int, dict[str, torch.Tensor]] = {}
+    def add(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]], step: int) -> None:
+        """Write a shard under the first of `number`, `number + step`, ... that no good shard has: other runs may read
+        those. For errors, see [`write`]."""
+        while self._is_good(number):
+            number += step
+        self.write(number, rows)
+
+    def _is_good(self, number: int) -> bool:
         try:
             self._rows_in(self._file(number))
-            with safe_open(self._file(number), "pt") as shard:
-                for entry in shard.keys():  # noqa: SIM118
-                    row, _, name = entry.partition(".")
-                    rows.setdefault(int(row), {})[name] = shard.get_tensor(entry)
         except (FileNotFoundError, SafetensorError, ValueError):  # another error must not cost the rows of the shard
-            return {}
-        return rows
+            return False
+        return True
 
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Write a shard. Two processes must not write shards of the same number at the same time. Raise
@@ -171,7 +170,8 @@ class ShardStore:
                     return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
         except (OSError, SafetensorError) as error:
             problem = error
-            self._forget_listed()  # so that the next start looks into every shard
+            with contextlib.suppress(OSError):
+                os.utime(self.path)  # so that the next start looks into every shard
         raise UserError(
             f"Row {row} of the cache {self.path} cannot be read: {problem}. A cache must stay as it is while a run "
             "reads it. Start the run again, which computes the missing rows."

@@ -120,7 +120,7 @@ class BatchLoaders:
             dataset = dataset.for_process(Peers(args.process_index, args.world_size))
         data_seed = accelerator.dataloader_config.data_seed
         if isinstance(sampler, RandomSampler) and accelerator.use_seedable_sampler:
-            sampler = SeededSampler(len(sampler), torch.initial_seed() if data_seed is None else data_seed)
+            sampler = SeededSampler(len(sampler), args.seed if data_seed is None else data_seed)
         loader = _plain_loader(
             args,
             dataset,

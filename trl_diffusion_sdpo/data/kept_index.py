@@ -24,6 +24,7 @@ from ..utils.disk import free_bytes, readable_size
 from ..utils.files import file_facts, json_object, user_cache, write_atomically
 from ..utils.identity import short_hash
 from ..utils.locks import FolderLock
+from ..utils.mapped_arrays import map_array
 from .data_report import MAX_EXAMPLES
 from .formats import Reject
 from .pair_table import PairTable
@@ -98,13 +99,13 @@ def _read(folder: Path, reject: Reject) -> PairTable | None:
     try:
         facts = json_object((folder / FACTS).read_text(encoding="utf-8"))
         names = ["positions", *facts["columns"]]
-        positions, *columns = (np.load(_file(folder, name), mmap_mode="r", allow_pickle=False) for name in names)
+        positions, *columns = (map_array(_file(folder, name)) for name in names)
         with contextlib.suppress(OSError):  # a read-only cache
             os.utime(folder)
         _Rejections(facts["rejections"]).replay(reject)
     except (OSError, ValueError, KeyError):
         return None
-    return PairTable(np.asarray(positions), dict(zip(facts["columns"], map(np.asarray, columns), strict=True)))
+    return PairTable(positions, dict(zip(facts["columns"], columns, strict=True)))
 
 
 def _file(folder: Path, name: str) -> Path:
