@@ -365,7 +365,15 @@ def single_images(rows: Rows) -> str:
             beside = "" if found is pairs else difference(found, pairs).verdict
             cells = [number(found), difference(found, base).verdict, beside, share(found), number(found, diversity)]
             lines.append([KINDS[kind], labelled(label, found, usual), *cells])
-    columns = ["Images", "Training", "Score", "Over the base", "Over the recipe on pairs", "Winners' error", "Diversity"]
+    columns = [
+        "Images",
+        "Training",
+        "Score",
+        "Over the base",
+        "Over the recipe on pairs",
+        "Winners' error",
+        "Diversity",
+    ]
     without = f"The base scores {number(base)}, with diversity {number(base, diversity)}"
     return markdown(columns, lines, note(usual, without))
 
@@ -379,7 +387,13 @@ def how_many(rows: Rows) -> str:
         cells = [cell for made in found for cell in ((number(made), share(made)) if made else ("", ""))]
         if any(found):
             lines.append([f"{size:,}", *cells])
-    columns = ["Pairs, or images of each kind", "Pairs: score", "winners' error", "`tgo`: score", "liked images' error"]
+    columns = [
+        "Pairs, or images of each kind",
+        "Pairs: score",
+        "winners' error",
+        "`tgo`: score",
+        "liked images' error",
+    ]
     return markdown(columns, lines, note(usual, f"The base scores {number(rows.get(BASE, []))}"))
 
 
