@@ -55,12 +55,24 @@ def check(prepared, liked, disliked):
 def test_labels_are_numbers_or_words(values):
     check(prepare(judged(values)), [0, 2], [1, 3, 4])
     check(prepare(judged(values).to_list()), [0, 2], [1, 3, 4])
-    check(prepare(judged(values), swap_labels=True), [1, 3, 4], [0, 2])
+    swapped = prepare(judged(values), swap_labels=True)
+    check(swapped, [1, 3, 4], [0, 2])
+    assert "2 liked and 3 disliked" in str(swapped.report)
 
 
 def test_labels_are_names_of_classes_such_as_folders():
     rows = judged([1, 0, 0]).cast_column("label", datasets.ClassLabel(names=["up", "down"]))
     check(prepare(rows), [1, 2], [0])
+
+
+def test_other_classes_stay_numbers():
+    """A label of pairs is one, and a prompt may not be one."""
+    rows = datasets.Dataset.from_list([{"caption": "a fox", "jpg_0": png(1), "jpg_1": png(2), "label_0": 1}])
+    won = prepare(rows.cast_column("label_0", datasets.ClassLabel(names=["lost", "won"])))
+    assert won[0]["pixel_values"][0].unique().tolist() == [1]
+    named = judged([1, 0]).remove_columns("prompt").add_column("prompt", [0, 1])
+    with pytest.raises(ValueError, match="(?s)No pair is left.*2 bad prompts"):
+        prepare(named.cast_column("prompt", datasets.ClassLabel(names=["cat", "dog"])))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +125,8 @@ def test_single_images_and_pairs_train_together(make_pairs):
     )
     prompts = {(item["prompt"], item["loser_prompt"]) for item in prepared}
     assert prompts >= {(f"prompt {i}",) * 2 for i in range(3)} and len(prepared) == 5
+    assert "1 liked and 2 disliked" in str(prepared.report) and "2 times an epoch" in str(prepared.report)
+    assert "are liked and disliked" not in str(prepared.report)
 
 
 def test_a_bad_image_is_counted_once_and_takes_no_good_one_with_it():
@@ -146,16 +160,20 @@ def test_two_images_of_one_bucket_are_matched():
 def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():
     prepared = prepare(judged(["cat", "dog", "cat", "dog"]), losers="permute")
     assert prepared.report.format == "captioned" and len(prepared) == 4
+    assert "every image is a winner, whatever its `label`" in str(prepared.report)
+    liked = prepare(judged([1, 0, 1, 0]), losers="permute", dataset_format="single_images")
+    assert {item["prompt"] for item in liked} == {"p 0", "p 2"}
 
 
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        (judged([1, 1]), {}, "two kinds.*All 2 images of the train data are liked.*from-images"),
+        (judged([1, 1]), {}, "two kinds.*All 2 images of the train data are liked.*generate --from_images"),
         (judged([0, 0]), {}, "All 2 images of the train data are disliked"),
         (judged([3, 3], "score"), {}, "All 2 images of the train data have the score 3"),
         (judged(["chat", "chien"]), {}, "No pair is left.*'chat'"),
         (judged([float("nan"), float("nan")], "score"), {}, "No pair is left.*must be finite"),
+        (judged([1, 0]), {"needs_scores": "`smpo`"}, "`smpo` needs pairs whose images both have a score"),
         (judged([1, 0], source_image=png()), {}, "cannot have a `source` column"),
         (judged([1, 0]).to_iterable_dataset(), {}, "are a stream"),
     ],

@@ -216,7 +216,7 @@ def _pick(options: argparse.Namespace) -> None:
     finally:
         session.close()
     rows = "images" if options.thumbs else "pairs"
-    print(f"\n{len(session.log.picks)} picks so far. {folder / session.file_name} has {session.pairs} {rows}.")
+    print(f"\n{session.judged} picks so far. {folder / session.file_name} has {session.pairs} {rows}.")
     for reason, count in session.unused.items():
         print(f"Not used: {count} picks {reason}.")
     for sentence in session.result():
@@ -294,7 +294,7 @@ def _push(options: argparse.Namespace) -> None:
 
     with reading_data(options.folder):
         pairs = push_pairs(options.folder, options.repo, private=options.private)
-    print(f"Uploaded {pairs} pairs to https://huggingface.co/datasets/{options.repo}.")
+    print(f"Uploaded {pairs} rows to https://huggingface.co/datasets/{options.repo}.")
 
 
 # ---- pairs check ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from ..utils.errors import UserError
 from ..utils.identity import describe_files, short_hash
 from .formats import FLOW_FACTORY_COLUMNS, IMAGE_COLUMNS, PROMPT_COLUMNS, flow_factory_images, flow_factory_row
 from .image_folders import LAYOUTS, read_image_folder
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> builder of `datasets` and its arguments
@@ -54,6 +57,11 @@ def load_pairs(
     """
     path = Path(name).expanduser()
     path = _table_in(path) or path
+    if path.name == "pairs.jsonl" and (path.parent / "images.jsonl").is_file() and path != Path(name).expanduser():
+        logger.warning(
+            "%s has pairs and single images, and the pairs are read. For the images, pass the path of images.jsonl.",
+            path.parent,
+        )
     if not path.exists():
         return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
     if path.is_file():
@@ -89,12 +97,11 @@ def has_one_split(path: Path) -> bool:
 
 
 def _table_in(path: Path) -> Path | None:
-    """Return the table that `pairs pick`, `pairs generate` or `pairs score` wrote into a folder, or `None`."""
+    """Return the table that `pairs pick`, `pairs generate` or `pairs score` wrote into a folder, or `None`. Without
+    pairs in pairs.jsonl, single images are read."""
     names = (("manifest.jsonl", "pairs.jsonl"), ("manifest.jsonl", "images.jsonl"), ("scores.json", "pairs.parquet"))
-    for mark, table in names:
-        if (path / mark).is_file() and (path / table).is_file():
-            return path / table
-    return None
+    found = [path / table for mark, table in names if (path / mark).is_file() and (path / table).is_file()]
+    return next((table for table in found if table.stat().st_size), next(iter(found), None))
 
 
 def _cache_folder(path: Path) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -69,11 +71,12 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
     if options.permutes:  # only winners: training draws the losers
+        report.notes += notes_on_verdicts(source)
         pairs = PairTable(pairs.positions[:, [0, 1, 0, 1]], {})
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
     if source.single_images and len(pairs) and not options.permutes:
-        report.notes += _notes_on_single_images(source, pairs)
+        report.notes += peers.first(partial(notes_on_single_images, source, pairs))
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
@@ -114,6 +117,11 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
                 f"`losers='permute'` cannot be used on data with {column}: it takes losers from other pairs, but the "
                 "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
             )
+    if options.needs_scores and any(row_format.single_images for row_format in formats) and not options.permutes:
+        raise UserError(
+            f"{options.needs_scores} needs pairs whose images both have a score, but the {name} data have single "
+            "images, liked or disliked. Leave this loss or setting out."
+        )
     if options.needs_scores and not has_scores:
         raise UserError(
             f"{options.needs_scores} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these "
@@ -139,19 +147,34 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
         )
 
 
-def _notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
+def notes_on_verdicts(source: PairSource) -> tuple[str, ...]:
+    """Return a line for the report if images are winners whatever their labels."""
+    if "label" not in source.unread or "captioned" not in source.format_name:
+        return ()
+    return (
+        "every image is a winner, whatever its `label`. If that says which images are disliked, leave them out with "
+        "`dataset_format='single_images'`",
+    )
+
+
+def notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
     """Return lines for the report: how liked and disliked images became pairs, and how many are both."""
-    liked, disliked = (np.unique(pairs.positions[:, column]) for column in (0, 2))
+    positions = pairs.positions[source.are_single_images(pairs.positions[:, 0])]
+    columns = (2, 0) if source.formats[0].is_swapped else (0, 2)
+    liked, disliked = (np.unique(positions[:, column]) for column in columns)
     matched = f"{len(liked)} liked and {len(disliked)} disliked images are matched at random"
     if len(liked) != len(disliked):
         kind, few = min(("liked", len(liked)), ("disliked", len(disliked)), key=lambda each: each[1])
-        matched += f"; each {kind} one comes {len(pairs) / few:.3g} times an epoch"
-    starts = [
-        {(image.prompt, image.start()) for image in source.images((row, 0) for row in rows[:EXAMINED_IMAGES].tolist())}
-        for rows in (liked, disliked)
-    ]
-    both = len(starts[0] & starts[1])
-    return (matched, *([f"{both} images are liked and disliked, with the same prompt"] if both else []))
+        matched += f"; each {kind} one comes {len(positions) / few:.3g} times an epoch"
+
+    def content(row: int) -> tuple[str, bytes]:
+        (image,) = source.images([(row, 0)])
+        return image.prompt, hashlib.sha256(image.start()).digest()
+
+    of_kinds = [set(map(content, rows[:EXAMINED_IMAGES].tolist())) for rows in (liked, disliked)]
+    both = len(of_kinds[0] & of_kinds[1])
+    some = f" of the first {EXAMINED_IMAGES} of each kind" if max(len(liked), len(disliked)) > EXAMINED_IMAGES else ""
+    return (matched, *([f"{both} images{some} are liked and disliked, with the same prompt"] if both else []))
 
 
 def _drop_bad_images(

@@ -60,8 +60,9 @@ def match_images(
         kind = f"have the score {values[0]:g}" if has_scores else f"are {'liked' if values[0] else 'disliked'}"
         raise UserError(
             f"Single images must be of two kinds, liked and disliked. All {len(images)} images of the {name} data "
-            f"{kind}. Add images of the other kind. If you have good images only, make their losers with "
-            "`trl-diffusion-sdpo pairs from-images`, or train on them alone: `--loss_type sft --losers permute`."
+            f"{kind}. Add images of the other kind, or hold out more images if these are the held-out ones. If you "
+            "have good images only, make their losers with `trl-diffusion-sdpo pairs generate --from_images`, or train "
+            "on them alone: `--loss_type sft --losers permute`."
         )
     if has_scores:
         least = scores[is_liked].min()

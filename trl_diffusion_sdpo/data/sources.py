@@ -182,9 +182,12 @@ class TableSource:
             order = np.argsort(positions, kind="stable")
             labels = labels.select(order)
         numbers = iter(order.tolist())
-        named = {name: kind.names for name, kind in labels.features.items() if isinstance(kind, datasets.ClassLabel)}
+        named = {}
+        if self.format.single_images:  # classes such as folders; in other formats, their numbers are labels
+            kinds = [(column, labels.features[column]) for (column,) in self.format.label_readers]
+            named = {column: kind.names for column, kind in kinds if isinstance(kind, datasets.ClassLabel)}
         for batch in labels.iter(batch_size=ROWS_AT_ONCE):
-            for column, names in named.items():  # such as the names of folders
+            for column, names in named.items():
                 batch[column] = [names[number] if number in range(len(names)) else None for number in batch[column]]
             for values in zip(*batch.values(), strict=True):
                 yield next(numbers), dict(zip(batch, values, strict=True))
@@ -284,6 +287,11 @@ class PairSource:
                 rows[row] = table.row(row - self._starts[number], with_images=with_images)
             images.append(StoredImage(table.format, rows[row], image))
         return images
+
+    def are_single_images(self, rows: np.ndarray) -> np.ndarray:
+        """Return whether each of `rows` is an image by itself, in a mixture, as a mask."""
+        of_tables = np.array([row_format.single_images for row_format in self.formats])
+        return np.asarray(of_tables[np.searchsorted(self._starts, rows, side="right") - 1])
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of `rows` without reading images. `image` (0 or 1) selects the image if each has its own

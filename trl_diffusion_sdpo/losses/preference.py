@@ -389,9 +389,9 @@ def kto_loss(
     """Return the Diffusion-KTO loss, the mean over both images of a pair, `(B,)`: `1 - h(x_w)` of the winner and
     `1 - h(x_l)` of the loser, the latter times `kto_loser_weight`.
 
-    With the reference's error minus the policy's `g`, the detached `z = max(0, mean g)` over the images of all
-    processes and `b = beta / 2`, `x_w = b (g_w - z)` and `x_l = -b (g_l - z)`. The utility `h` is one of
-    [`KTO_UTILITIES`]. Apart from `z`, neither term reads the other image.
+    With the reference's error minus the policy's `g`, the detached `z = max(0, mean g)` over the images of a
+    micro-batch in all processes and `b = beta / 2`, `x_w = b (g_w - z)` and `x_l = -b (g_l - z)`. The utility `h` is
+    one of [`KTO_UTILITIES`]. Apart from `z`, neither term reads the other image.
 
     Source: https://huggingface.co/papers/2404.04465 and its code, whose beta of 1000 is `beta / 2`. Its batches have
     four liked images for each disliked one, which is a `kto_loser_weight` of 0.25.

@@ -56,6 +56,26 @@ def test_check_leaves_out_and_counts_pairs_whose_images_get_no_score(pairs):
     assert "no score to an image of 2 examined pairs" in report
 
 
+def test_check_shows_and_scores_single_images_with_their_own_prompts(tmp_path):
+    rows = [{"prompt": f"fox {k}", "image": f"{k}.png", "label": k < 2} for k in range(4)]
+    for k in range(4):
+        Image.new("RGB", (16, 16), (k, k, k)).save(tmp_path / f"{k}.png")
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "picks.jsonl").write_text('{"pick": 1, "first": "0.png", "second": "0.png", "verdict": "liked"}\n')
+    asked = set()
+
+    class Listening(FunctionScorer):
+        def __call__(self, images, prompts):
+            asked.update((image.getpixel((0, 0))[0], prompt) for image, prompt in zip(images, prompts, strict=True))
+            return torch.ones(len(images))
+
+    sheet = tmp_path / "sheet.html"
+    dataset = load_pairs(tmp_path / "images.jsonl")
+    report = check_pairs(dataset, scorer=Listening("listening", len), sheet=sheet, folder=tmp_path)
+    assert asked == {(k, f"fox {k}") for k in range(4)}
+    assert all(f"fox {k}" in sheet.read_text() for k in range(4)) and "`liked` or `disliked`" in report[-1]
+
+
 def test_check_names_the_size_and_the_option_of_enlarged_images(pairs, capsys):
     assert main(["pairs", "check", str(pairs), "--resolution", "48"]) == 0
     said = capsys.readouterr().out

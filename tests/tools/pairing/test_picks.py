@@ -68,6 +68,22 @@ def test_thumbs_become_single_images_that_training_reads(folder):
     session.close()
 
 
+def test_thumbs_replace_no_pairs_of_the_folder(folder):
+    """Pairs that `pairs generate` wrote stay until the first pick of a pair, and are read before single images."""
+    generated = b'{"prompt": "a", "chosen": "a0.png", "rejected": "a1.png"}\n'
+    (folder / "pairs.jsonl").write_bytes(generated)
+    thumbs = PickSession(folder, thumbs=True)
+    judge(thumbs, "liked")
+    judge(thumbs, "disliked")
+    thumbs.close()
+    pairs = PickSession(folder)
+    assert (folder / "pairs.jsonl").read_bytes() == generated and pairs.judged == 0
+    pairs.close()
+    assert "chosen" in load_pairs(folder).column_names
+    (folder / "pairs.jsonl").write_bytes(b"")
+    assert "label" in load_pairs(folder).column_names
+
+
 def test_a_killed_process_loses_no_pick(folder):
     process = os.fork()
     if process == 0:

@@ -65,6 +65,19 @@ def test_a_card_of_picks_replaces_that_of_scorers_and_counts_the_uploaded_pairs(
     assert "Pairs: 1\n" in card and "pickscore" not in card and len(rows) == 1
 
 
+def test_thumbs_are_uploaded_with_their_images(tmp_path, hub_server):
+    folder = write_folder(tmp_path / "own", [{"prompt": f"fox {k}", "image": f"{k}.png"} for k in range(3)])
+    session = PickSession(folder, thumbs=True)
+    for verdict in ("liked", "disliked", "unsure"):
+        pair = session.state("tab")["pair"]
+        session.pick("tab", pair["first"], pair["second"], verdict)
+    session.close()
+    card, rows = published(hub_server, folder)
+    assert "Images: 2\n" in card and "Picks: liked: 1\n" in card and "Pairs" not in card and "tgo" in card
+    assert all(Image.open(io.BytesIO(row["image"]["bytes"])).size for row in rows) and len(rows) == 2
+    assert str(tmp_path) not in str(rows)
+
+
 def save(image, kind):
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[ExifTags.Base.Make], exif[ExifTags.Base.Orientation] = PLACE, 6

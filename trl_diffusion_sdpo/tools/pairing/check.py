@@ -16,7 +16,7 @@ from ...utils.files import write_atomically
 from ..evaluation.report import template, thumbnail_url
 from ..rewards import Scorer
 from .manifest import pixel_hash
-from .picks import PICKS_FILE, PickLog
+from .picks import PICKS_FILE, THUMBS, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
 SHOWN_SIDE = 256  # longer side of images in the contact sheet, in pixels
@@ -64,12 +64,12 @@ def check_pairs(
     shown = []
     for pair in evenly_spaced(len(pairs), EXAMINED).tolist():
         try:
-            winner, loser = (
-                image.decode(pairs.reader) for image in source.images(origins[pair].reshape(2, 2).tolist())
-            )
+            stored = source.images(origins[pair].reshape(2, 2).tolist())
+            winner, loser = (image.decode(pairs.reader) for image in stored)
         except UndecodableImageError:  # the file was deleted since `prepare_dataset` read it
             continue
         prompt = prompts[pair]
+        own_prompts = [image.prompt for image in stored]
         first = pixel_hash(winner)
         second = pixel_hash(loser)
         compared += 1
@@ -79,11 +79,16 @@ def check_pairs(
         seen.add((prompt, first, second))
         sizes.update(f"{image.width}x{image.height}" for image in (winner, loser))
         if scorer is not None:
-            better, worse = _scores(scorer, [winner, loser], prompt)
+            better, worse = _scores(scorer, [winner, loser], own_prompts)
             if math.isfinite(better - worse):
                 agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
-            shown.append((prompt, *(thumbnail_url(image, SHOWN_SIDE) for image in (winner, loser))))
+            shown.append(
+                (
+                    " / ".join(dict.fromkeys(own_prompts)),
+                    *(thumbnail_url(image, SHOWN_SIDE) for image in (winner, loser)),
+                )
+            )
 
     lines = [
         str(pairs.report),
@@ -107,14 +112,17 @@ def check_pairs(
     if folder is not None and (folder / PICKS_FILE).is_file():
         verdicts = PickLog(folder, read_only=True).verdicts
         listed = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in verdicts.items())
-        lines.append(f"  picks by verdict: {listed}. Only picks of `first` or `second` become pairs")
+        lines.append(
+            f"  picks by verdict: {listed}. Only picks of `first` or `second` become pairs"
+            + (", and those of `liked` or `disliked` single images" if verdicts.keys() & THUMBS else "")
+        )
     if sheet is not None:
         write_atomically(sheet, template(SHEET).render(summary="\n".join(lines), pairs=shown).encode())
     return lines
 
 
-def _scores(scorer: Scorer, images: list[Image.Image], prompt: str) -> list[float]:
+def _scores(scorer: Scorer, images: list[Image.Image], prompts: list[str]) -> list[float]:
     try:
-        return scorer(images, [prompt] * len(images)).tolist()
+        return scorer(images, prompts).tolist()
     except Exception as error:  # a user's function may raise anything, and the data set is not to blame
         raise UserError(f"The scorer {scorer.name} failed with {type(error).__name__}: {error}") from error

@@ -20,19 +20,20 @@ from ...utils.errors import UserError
 from ...utils.files import json_lines, write_atomically
 from ...utils.identity import hub_commit, short_hash
 from ..evaluation import Candidate
-from .picks import PAIRS_FILE, PICKS_FILE, PickLog
+from .picks import IMAGES_FILE, PAIRS_FILE, PICKS_FILE, SHARES, THUMBS, PickLog
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 _MARK = re.compile(r"\n<!-- generated: ([0-9a-f]{16}) -->\n\Z")  # end of a card, with the hash of the text before it
-IMAGE_COLUMNS = ("chosen", "rejected", "mask")
+IMAGE_COLUMNS = ("chosen", "rejected", "image", "mask")
 _PRIVATE = {"exif", "xmp", "XML:com.adobe.xmp", "photoshop", "comment"}  # Pillow's names of metadata
 _JPEG_METADATA = (0xE1, 0xED, 0xFE)  # markers of EXIF and XMP, IPTC, and comments in a JPEG file
 _JPEG_PIXELS = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
 _JPEG_FILL = b"\xff\xff"
 PICKED = "Pairs of images of equal prompts, of which a person picked the better one."
+JUDGED = "Images of which a person liked or disliked each by itself, with their prompts."
 
 # Training advice for the cards, with numbers from the table of five kinds of pairs in benchmarks/studies/README.md.
 ALIGNED_ADVICE = (
@@ -63,12 +64,15 @@ def write_dataset(
     _write_card(folder, purpose, {"Model": _public_name(model), **facts, "Pairs": len(rows)}, advice)
 
 
-def _write_card(folder: Path, purpose: str, facts: Mapping[str, object], advice: str = "") -> None:
+def _write_card(
+    folder: Path, purpose: str, facts: Mapping[str, object], advice: str = "", *, table: str = PAIRS_FILE
+) -> None:
     """Write the card of a folder, unless a person has written or edited one."""
     path = folder / CARD_FILE
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
+    front = f"---\nconfigs:\n- config_name: default\n  data_files: {table}\ntags:\n- preference\n---\n"
     command = f"trl-diffusion-sdpo train --dataset_name {folder.name} --model_name_or_path MODEL --use_peft"
+    command += " --loss_type tgo" if table == IMAGES_FILE else ""
     parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
     text = front + "".join(f"\n{part}\n" for part in parts if part)
     if path.is_file() and not _is_generated(path):
@@ -97,8 +101,8 @@ def _public_name(model: Candidate) -> str:
 
 
 def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> int:
-    """Upload a folder's pairs and their images as a data set on the Hub, with the folder's card as its page. Metadata
-    that tell of a photograph's place, time or owner (EXIF, XMP, IPTC) are not uploaded.
+    """Upload a folder's pairs, or its liked and disliked images, as a data set on the Hub, with the folder's card as
+    its page. Metadata that tell of a photograph's place, time or owner (EXIF, XMP, IPTC) are not uploaded.
 
     Args:
         folder (`str` or `Path`): Output folder of `pairs pick` or `pairs generate`.
@@ -107,7 +111,7 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
         token (`str`, *optional*): Hub token, by default that of `hf auth login`.
 
     Returns:
-        `int`: Number of pairs.
+        `int`: Number of pairs, or of single images.
 
     Raises:
         `ValueError`: If the folder is missing or has no pairs.
@@ -131,14 +135,16 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
     for column in columns:
         pairs = pairs.cast_column(column, datasets.Image())
     if (folder / PICKS_FILE).is_file() and (log := PickLog(folder, read_only=True)).picks:
-        counts = {f"Picks: {verdict.replace('_', ' ')}": count for verdict, count in log.verdicts.items()}
-        _write_card(folder, PICKED, {**counts, "Pairs": len(pairs)})
+        is_single = "image" in pairs.column_names
+        purpose, table, verdicts = (JUDGED, IMAGES_FILE, THUMBS) if is_single else (PICKED, PAIRS_FILE, SHARES)
+        counts = {f"Picks: {verdict.replace('_', ' ')}": log.verdicts.get(verdict, 0) for verdict in verdicts}
+        _write_card(folder, purpose, {**counts, "Images" if is_single else "Pairs": len(pairs)}, table=table)
     with explained_hub_errors(f"Uploading the pairs to {repo_id}"):
         pairs.push_to_hub(repo_id, private=private, token=token)
         card = DatasetCard.load(repo_id, token=token, ignore_metadata_errors=True)
         if (folder / CARD_FILE).is_file():
             text = DatasetCard.load(folder / CARD_FILE).text
-            card.text = re.sub(r"(?m)^- Pairs: \d+$", f"- Pairs: {len(pairs)}", text)
+            card.text = re.sub(r"(?m)^- (Pairs|Images): \d+$", rf"- \1: {len(pairs)}", text)
         card.data["tags"] = sorted({*(card.data.get("tags") or []), "preference", "trl-diffusion-sdpo"})
         card.push_to_hub(repo_id, token=token)
     return len(pairs)

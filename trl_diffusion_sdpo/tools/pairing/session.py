@@ -63,16 +63,22 @@ class PickSession:
         self._shown: dict[str, frozenset[str]] = {}  # tab -> its pair
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
         self._code_of = {name: code for code, name in self.codes.items()}
-        if next(iter(self.order.offers(self.gone)), None) is None and not self.log.picks:
+        if next(iter(self.order.offers(self.gone)), None) is None and not self.judged:
             reasons = "".join(f" {count} were left out: {reason}." for reason, count in self.left_out.items())
             prompts = len({image.prompt for image in listed})
+            needed = "an image with a prompt" if thumbs else "a prompt with two images to compare"
             raise UserError(
-                f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
-                f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
+                f"`pairs pick` needs {needed}, and {folder} has none: it has {len(listed)} images of {prompts} "
+                f"prompts.{reasons}"
             )
         # Pairs of `pairs generate`, whose manifests have no ratings, are replaced only after the first pick.
-        if self.log.picks or self._file.rated or not (folder / self.file_name).is_file():
+        if self.judged or self._file.rated or not (folder / self.file_name).is_file():
             self._write_pairs()
+
+    @property
+    def judged(self) -> int:
+        """Number of picks that this page shows: of pairs, or with `thumbs` of single images."""
+        return sum(pick.is_thumb == self.thumbs for pick in self.log.picks.values())
 
     def close(self) -> None:
         """Close the log and release the lock of the folder."""
@@ -86,7 +92,7 @@ class PickSession:
             last = last if last is None or last.is_thumb == self.thumbs else None
             return {
                 "pair": self._next(tab, wanted),
-                "judged": sum(pick.is_thumb == self.thumbs for pick in self.log.picks.values()),
+                "judged": self.judged,
                 "left": self.order.left(self.gone),
                 "verdicts": self.log.verdicts,
                 "pairs": self.pairs,
@@ -111,7 +117,8 @@ class PickSession:
                 or not is_shown
                 or len({self.images[name].prompt for name in names}) > 1
             ):
-                raise UserError("A pick needs two images of one prompt and a known verdict. Reload the page.")
+                shown = "the image shown" if self.thumbs else "two images of one prompt"
+                raise UserError(f"A pick needs {shown} and a known verdict. Reload the page.")
             self.log.add(names[0], names[1], verdict)
             return self._changed(tab, names[0])
 
