@@ -132,11 +132,16 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
             f"{options.needs_masks} needs data with a mask column, and the {name} data have none. Add it, or leave the "
             "setting out."
         )
-    if any(row_format.single_images for row_format in formats) and (has_sources or options.noise_seeds):
-        what = "a `source` column" if has_sources else "`noise_source='generated'`"
+    refused = {
+        "a `source` column": has_sources,
+        "`noise_source='generated'`": options.noise_seeds,
+        "`pair_weights`": bool(options.number_columns),
+    }
+    if any(row_format.single_images for row_format in formats) and any(refused.values()):
+        what = next(what for what, is_set in refused.items() if is_set)
         raise UserError(
-            f"Single images, liked or disliked, cannot have {what} yet, as the {name} data have. Leave it out, or make "
-            "pairs of the images."
+            f"Single images, liked or disliked, cannot be used with {what} yet, as for the {name} data. Leave it out, "
+            "or make pairs of the images."
         )
     shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
     if options.noise_seeds and shared:
