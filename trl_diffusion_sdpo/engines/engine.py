@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model, save_fsdp_optimizer
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
@@ -212,6 +212,11 @@ class Engine:
         if self._zero_stage == 3:
             sharding.zero3_partition(module, self.accelerator, self.rounding, unrounded)
 
+    def preparing(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return a context for `accelerator.prepare`, in which FSDP2 frees the whole weights of a block once it has
+        sharded them."""
+        return sharding.freeing_whole_weights(model) if self.accelerator.is_fsdp2 else contextlib.nullcontext()
+
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
         """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
         prepared, and empty the dictionary.
@@ -279,8 +284,8 @@ class Engine:
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
         """Move a frozen module from the CPU to the device, with the same sharding and precision as the policy.
 
-        The module is changed in place. To save memory, each weight is cast before it is moved, and sharded before the
-        next.
+        The module is changed in place. To save memory, each weight (under FSDP2, each block) is sharded before the
+        next is moved.
 
         Args:
             moves (`bool`): Whether training updates the module's weights. FSDP2 then keeps them in float32: half
@@ -291,9 +296,8 @@ class Engine:
         """
         dtype = self.rounding
         if self.accelerator.is_fsdp2:
-            for weight in module.parameters() if dtype is not None and not moves else ():
-                weight.data = weight.data.to(dtype)  # FSDP would round weights to this dtype at every use anyway
-            self._second_models.append(fsdp2_prepare_model(self.accelerator, module).eval())
+            # FSDP would round weights to this dtype at every use anyway.
+            self._second_models.append(sharding.fsdp2_shard(module, self.accelerator, None if moves else dtype))
             return self._second_models[-1]
         if not self._is_deepspeed:
             return module.to(self.accelerator.device)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
@@ -59,6 +60,32 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def freeing_whole_weights(model: nn.Module) -> Iterator[None]:
+    """Within the context, in which accelerate shards a model with FSDP2, let each block's whole weights go once its
+    shards are there.
+
+    accelerate keeps the model's `state_dict` meanwhile, and with it all whole weights. It needs only those that its
+    first process sends to the others, and here every process has them; so `state_dict` is empty.
+    """
+    hook = model.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.clear())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def fsdp2_shard(module: nn.Module, accelerator: Accelerator, dtype: torch.dtype | None) -> nn.Module:
+    """Shard a frozen module with FSDP2 as accelerate shards the policy, and then cast the shards of its weights to
+    `dtype`. Cast before, the whole weights would be in memory once more, in each process."""
+    with freeing_whole_weights(module):
+        module = fsdp2_prepare_model(accelerator, module)
+    if dtype is not None:
+        shards = {name: weight.detach().to(dtype) for name, weight in module.named_parameters()}
+        module.load_state_dict(shards, strict=False, assign=True)
+    return module.requires_grad_(False).eval()
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
