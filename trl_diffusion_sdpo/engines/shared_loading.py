@@ -114,8 +114,9 @@ class _Packer(pickle.Pickler):
     def persistent_id(self, value: Any) -> tuple | None:
         if not isinstance(value, torch.Tensor):
             return None
-        if type(value) not in (torch.Tensor, nn.Parameter) or value.device.type not in ("cpu", "meta"):
-            raise pickle.PicklingError(f"a {type(value).__name__} on {value.device}")
+        is_plain = type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided
+        if not is_plain or value.is_quantized or value.device.type not in ("cpu", "meta"):
+            raise pickle.PicklingError(f"it has a {type(value).__name__} of {value.dtype} on {value.device}")
         if value.is_meta or value.nbytes < SMALLEST or not value.is_contiguous():
             return None
         if id(value) not in self._records:
