@@ -316,19 +316,28 @@ class Engine:
         dtype = self.rounding
         before = next(module.parameters()).device
         moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
-        working = module if dtype is None else copy.deepcopy(module)
-        for weight in working.parameters() if dtype is not None else ():
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
-        if self._is_deepspeed and dtype is not None:
-            working.to(dtype)  # buffers as well
+        working = module if dtype is None else self._rounded_copy(module, dtype)
+        held = [(weight, weight.data) for weight in module.parameters()]
         if moves:
             working.to(self.accelerator.device)
         try:
             yield working
         finally:
             if working is module and moves:
-                module.to(before)
+                for weight, values in held:  # moving them back would give each process a copy of its own
+                    weight.data = values
+                module.to(before)  # the buffers
+
+    def _rounded_copy(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Return a copy of a module as the engine would round it, whose weights are cast and moved to the device one by
+        one."""
+        memo: dict[int, Any] = {}
+        for weight in module.parameters():
+            if type(weight) is nn.Parameter and weight.is_floating_point():
+                values = weight.detach().to(self.accelerator.device, dtype)
+                memo[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
+        copied = copy.deepcopy(module, memo)
+        return copied.to(dtype) if self._is_deepspeed else copied  # DeepSpeed rounds buffers as well
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
