@@ -365,7 +365,8 @@ def mapped(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
         mapped(engine, tuning, kind, **args)
         for engine in SHARDING
         for tuning, kind, args in (
-            ("full", "kept-", {"ema_decay": 0.5, **FOLLOWING}),
+            ("full", "kept-", {"ema_decay": 0.5}),
+            ("full", "sync-", FOLLOWING),
             ("full", "bf16-", {"bf16": True}),
             ("full", "errors-", {"bf16": True, "precompute_ref_errors": True, "precompute_epochs": 1}),
             ("lora", "dora-", {}),

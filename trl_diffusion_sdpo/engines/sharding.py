@@ -121,8 +121,8 @@ def zero3_partition(
 ) -> None:
     """Shard the weights of a module under ZeRO-3, in place and one after the other.
 
-    Each weight is cast, moved to the device, and replaced by this process's shard. (DeepSpeed's own engine would first
-    move the whole module.) Buffers are moved but not sharded.
+    Each weight is cast, moved to the device, and replaced by this process's shard of the first process's values.
+    (DeepSpeed's own engine would first move the whole module.) Buffers are moved but not sharded.
 
     Args:
         dtype (`torch.dtype`, *optional*): Dtype to cast weights to. By default, they keep theirs.
@@ -137,8 +137,11 @@ def zero3_partition(
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():
-                if dtype is not None and weight.is_floating_point():
-                    weight.data = weight.data.to(dtype)
+                own = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
+                if dist.get_rank() == 0:
+                    weight.data = weight.data.to(own)
+                else:  # `zero.Init` writes the first process's values here: not into memory that processes share
+                    weight.data = torch.empty_like(weight.data, dtype=own, device=accelerator.device)
                 yield weight
                 if weight in unrounded:
                     size = cast(Any, weight).ds_tensor.numel()
