@@ -181,7 +181,7 @@ class Engine:
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            # All processes load the weights, so process 0 need not send them. Sending fails on buffers.
+            # All processes have the weights, so process 0 need not send them. Sending fails on buffers.
             plugin.cpu_ram_efficient_loading = False
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:

@@ -85,7 +85,7 @@ def fsdp2_shard(module: nn.Module, accelerator: Accelerator, dtype: torch.dtype 
     if dtype is not None:
         shards = {name: weight.detach().to(dtype) for name, weight in module.named_parameters()}
         module.load_state_dict(shards, strict=False, assign=True)
-    return module.requires_grad_(False).eval()
+    return module.eval()
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
