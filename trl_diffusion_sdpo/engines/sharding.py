@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import pickle
 from collections.abc import Iterator
 from typing import Any, cast
@@ -137,11 +138,8 @@ def zero3_partition(
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():
-                own = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
-                if dist.get_rank() == 0:
-                    weight.data = weight.data.to(own)
-                else:  # `zero.Init` writes the first process's values here: not into memory that processes share
-                    weight.data = torch.empty_like(weight.data, dtype=own, device=accelerator.device)
+                if dtype is not None and weight.is_floating_point():
+                    weight.data = weight.data.to(dtype)
                 yield weight
                 if weight in unrounded:
                     size = cast(Any, weight).ds_tensor.numel()
@@ -154,6 +152,12 @@ def zero3_partition(
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
+
+
+def return_freed_memory() -> None:
+    """Make the C library give freed memory back to the machine, which it would keep for this process."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:

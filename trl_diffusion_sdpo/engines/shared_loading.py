@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import logging
 import os
@@ -20,6 +19,7 @@ from transformers import TrainingArguments
 from ..utils.errors import UserError
 from .engine_settings import shards_weights
 from .processes import failing_together, gather_objects, several_processes
+from .sharding import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _publish(tensors: list[torch.Tensor], opened: contextlib.ExitStack) -> list[
         files.append((file, tensor.nbytes))
         moved += tensor.nbytes
         if moved >= FREED_AT_ONCE or tensor is tensors[-1]:
-            _return_freed_memory()
+            return_freed_memory()
             moved = 0
     return files
 
@@ -223,9 +223,3 @@ def _mapped_files() -> list[tuple[int, int, int, str]]:
             start, end = (int(address, 16) for address in addresses.split("-"))
             found.append((start, end, int(offset, 16), path))
     return found
-
-
-def _return_freed_memory() -> None:
-    """Make the C library give freed memory back to the machine, which it would keep for this process."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)
