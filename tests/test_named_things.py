@@ -41,7 +41,7 @@ HUB = set(
     Wan-AI/Wan2.2-T2V-A14B-Diffusers xswu/HPSv2 yuvalkirstain/PickScore_v1 zai-org/ImageReward
     """.split()
 )
-PLACEHOLDERS = ("OWNER/", "path/", "where/", "me/", "own/")
+PLACEHOLDERS = ("OWNER/", "path/", "where/", "me/", "own/", "my-images/")
 # Files of a page's reader, of other libraries, and published prompts.
 OTHER_FILES = set(
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, concatenate_datasets
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image as PILImage
 from PIL import ImageFilter
@@ -59,6 +59,13 @@ def pairs_of_kind(kind: str, pipeline: StableDiffusionPipeline, seed: int, per_p
                 mask[top : top + height, left : left + width] = True
         rejected = _restored(pipeline, prompts, chosen, masks, seed)
     return _dataset(prompts, chosen, rejected, masks if kind == "local" else None)
+
+
+def single_images(pairs: Dataset) -> Dataset:
+    """Return the images of pairs as rows of their own, each liked or disliked."""
+    rows = [pairs.select_columns(["prompt", side]).rename_column(side, "image") for side in ("chosen", "rejected")]
+    labelled = [each.add_column("label", [liked] * len(each)) for each, liked in zip(rows, (True, False), strict=True)]
+    return concatenate_datasets(labelled)
 
 
 @torch.no_grad()

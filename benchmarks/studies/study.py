@@ -33,7 +33,7 @@ import yaml
 from datasets import Dataset, concatenate_datasets
 from diffusers.utils import logging as diffusers_logging
 from image_measures import ImageMeter
-from pair_kinds import corner_changes, pairs_of_kind
+from pair_kinds import corner_changes, pairs_of_kind, single_images
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tables import accuracy, diversity, frechet, markdown, number, plain, score, share
@@ -42,6 +42,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, preference_guidance
+from trl_diffusion_sdpo.data.data_report import evenly_spaced
 from trl_diffusion_sdpo.tools.demo import pipeline as small_unet
 from trl_diffusion_sdpo.tools.demo.oracle import oracle
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
@@ -57,7 +58,7 @@ HELD_OUT_SEED = 30_000
 HELD_OUT_COPIES = 3  # draws of noise and timestep for each held-out pair
 IMAGE_SEEDS = {"selection": 90_000, "final": 100_000}
 # What a row may have beside fields of `DiffusionSDPOConfig`: first what its training depends on.
-TRAINING_KEYS = ("lora_rank", "pairs", "masked", "constant_lambda", "online", "rounds")
+TRAINING_KEYS = ("lora_rank", "pairs", "masked", "constant_lambda", "online", "rounds", "single_images", "pairs_used")
 SAMPLING_KEYS = ("of", "guidance", "reference", "weights_scale", "classifier")
 OWN_PER_PROMPT = 4  # held-out pairs of a row's own kind for each prompt
 
@@ -169,6 +170,9 @@ class Study:
             pairs = self.pairs(row, seed, self.plan.get("per_prompt", 14))
             pairs = self.only(self.plan["train_prompts"], pairs) if "train_prompts" in self.plan else pairs
             pairs = pairs.select(range(min(len(pairs), self.plan.get("max_pairs", len(pairs)))))
+            pairs = pairs.select(evenly_spaced(len(pairs), row.get("pairs_used", len(pairs))))
+        if row.get("single_images"):
+            pairs = single_images(pairs)
         args = self.arguments(seed, output, **{**self.plan["shared"], **own})
         rank = row.get("lora_rank")
         adapter = None if rank is None else LoraConfig(r=rank, lora_alpha=rank)

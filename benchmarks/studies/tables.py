@@ -338,6 +338,79 @@ def on_policy(rules: Rows) -> str:
     return markdown(columns, lines, note(usual, f"The base scores {number(base)}"))
 
 
+SINGLES = {
+    "liked only, SFT": "liked images only, `sft`",
+    "pairs, DPO": "pairs, plain DPO",
+    "pairs, SDPO": "pairs, the recipe",
+    "pairs, tgo": "pairs, `tgo`, parameter space",
+    "matched, SDPO": "matched, the recipe",
+    "tgo": "matched, `tgo`, no safeguard",
+    "tgo, output": "matched, `tgo`, output space",
+    "tgo, parameter": "matched, `tgo`, parameter space",
+    "kto": "matched, `kto`, no safeguard",
+    "kto, output": "matched, `kto`, output space",
+    "kto, parameter": "matched, `kto`, parameter space",
+}
+
+
+def single_images(rows: Rows) -> str:
+    """Images that are liked or disliked by themselves, beside pairs of the same images."""
+    usual = seeds_of(rows.values())
+    base = rows.get(BASE, [])
+    lines = []
+    for kind in ("off_policy", "on_policy"):
+        made = arms(rows, kind, SINGLES)
+        pairs = made.get(SINGLES["pairs, SDPO"], [])
+        for label, found in made.items():
+            beside = "" if found is pairs else difference(found, pairs).verdict
+            cells = [number(found), difference(found, base).verdict, beside, share(found), number(found, diversity)]
+            lines.append([KINDS[kind], labelled(label, found, usual), *cells])
+    columns = [
+        "Images",
+        "Training",
+        "Score",
+        "Over the base",
+        "Over the recipe on pairs",
+        "Winners' error",
+        "Diversity",
+    ]
+    without = f"The base scores {number(base)}, with diversity {number(base, diversity)}"
+    return markdown(columns, lines, note(usual, without))
+
+
+def how_many(rows: Rows) -> str:
+    """What a training gains by the number of its pairs, or of its liked and its disliked images."""
+    usual = seeds_of(rows.values())
+    lines = []
+    for size in (64, 256, 1024, 4096):
+        found = [rows.get(f"{size} pairs, SDPO", []), rows.get(f"{size} liked and {size} disliked, tgo", [])]
+        cells = [cell for made in found for cell in ((number(made), share(made)) if made else ("", ""))]
+        if any(found):
+            lines.append([f"{size:,}", *cells])
+    columns = [
+        "Pairs, or images of each kind",
+        "Pairs: score",
+        "winners' error",
+        "`tgo`: score",
+        "liked images' error",
+    ]
+    return markdown(columns, lines, note(usual, f"The base scores {number(rows.get(BASE, []))}"))
+
+
+def step_pairs(rows: Rows) -> str:
+    """Step pairs beside pairs of finished images, with what each costs in predictions of the denoiser."""
+    usual = seeds_of(made for name, made in rows.items() if len(made) > 1)
+    guided = rows.get("recipe, guided 3", [])
+    lines = []
+    for name, made in rows.items():
+        beside = "" if made is guided else str(difference(made, guided))
+        cost = f"{made[0]['cost'] / 1000:,.0f}"
+        cells = [number(made), beside, number(made, diversity), number(made, frechet), share(made), cost]
+        lines.append([labelled(name, made, usual), *cells])
+    columns = ["Training", "Score", "Over the recipe, guided 3", "Diversity", "Frechet", "Winners' error"]
+    return markdown([*columns, "Thousand predictions"], lines, note(usual))
+
+
 def long(long: Rows, rules: Rows, variants: Rows) -> str:
     """Scores and winners' errors by the number of steps."""
     names = {"SFT": "supervised tuning", **{name: RULES[name] for name in ("DPO", "output 0.6", "parameter 0.8")}}
@@ -392,7 +465,7 @@ def losses(losses: Rows) -> str:
         lines.append(line)
     columns = ["Loss", "Score, no safeguard", "Score, safeguard", "Safeguard minus none"]
     columns += ["Winners' error, no safeguard", "Winners' error, safeguard"]
-    chance = f"Of {compared} comparisons with `sigmoid`, chance alone marks about {0.05 * compared:.0f}"
+    chance = f"Of {compared} comparisons with `sigmoid`, chance alone marks about {0.05 * compared:g}"
     return markdown(columns, lines, note(usual, chance))
 
 
@@ -763,6 +836,9 @@ TABLES = {
     "one_setting": _of_plans(one_setting, "rules"),
     "gentle": _of_plans(gentle, "gentle"),
     "on_policy": _of_plans(on_policy, "rules"),
+    "single_images": _of_plans(single_images, "single_images"),
+    "how_many": _of_plans(how_many, "how_many"),
+    "step_pairs": _of_plans(step_pairs, "step_pairs"),
     "long": _of_plans(long, "long", "rules", "variants"),
     "transformer": _of_plans(transformer, "transformer"),
     "losses": _of_plans(losses, "losses"),

@@ -51,7 +51,8 @@ def test_the_overhead_of_every_mode_is_measured(tmp_path):
     )
     report = json.loads(file.read_text())
     rows = {row["mode"]: row for row in report["rows"]}
-    assert list(rows) == ["none", "output", "parameter", "parameter, low memory", "parameter, error anchor"]
+    forms = ["half batches", "low memory", "error anchor"]
+    assert list(rows) == ["none", "output", "parameter", *(f"parameter, {form}" for form in forms)]
     assert all(f"| {mode} |" in shown for mode in rows)
     assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in rows.values())
     assert rows["none"]["ratio"] == 1
@@ -194,6 +195,14 @@ def test_the_study_of_edits_runs(tmp_path):
     results = json.loads((tmp_path / "edit.json").read_text())
     assert list(results) == ["base", "DPO", "output space, mu 0.6", "parameter space, mu 0.8"]
     assert Image.open(tmp_path / "edit_images.png").size == (6 * 32, 6 * 32)
+
+
+@pytest.mark.matrix
+def test_every_way_to_write_images_is_measured(tmp_path):
+    sizes = ("--side", "32", "--draw", "0.001", "--batches", "1", "--rounds", "1")
+    shown = run("writing_images.py", *sizes, "--output", str(tmp_path / "written.json"))
+    rows = json.loads((tmp_path / "written.json").read_text())["rows"]
+    assert len(rows) == 3 and all(f"| {row['way']} |" in shown and row["wall"][0] > 0 for row in rows)
 
 
 @pytest.mark.matrix

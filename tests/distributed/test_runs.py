@@ -88,6 +88,7 @@ BY_DEFAULT = {
     "zero3-lora-dora-mapped",
     "ddp-full-streamed-5",
     "ddp-lora-unmade",
+    "ddp-full-kto",
     "ddp-lora-other-max_steps",
 }
 
@@ -290,6 +291,26 @@ def test_what_an_engine_saves_loads_in_diffusers_and_is_what_ddp_saves(found, ne
     drawn, by_ddp = (draw(tuned_pipeline(folder / "saved", start)) for folder in reversed(found))
     assert (drawn - untuned).abs().max() > 1e-3
     torch.testing.assert_close(drawn, by_ddp, rtol=0, atol=1e-4)
+
+
+def kto_run(engine: str, tuning: str) -> dict:
+    """Only winners pull, so the mean over all images, with which `kto` compares each, is soon far above 0."""
+    args = {"loss_type": "kto", "beta": 2e4, "loss_kwargs": {"kto_loser_weight": 0.0}, "optim": "sgd"}
+    return build_run(
+        engine, tuning, "kto", {**args, "safeguard": "output", "learning_rate": 3e-3}, evaluated=EVALUATED
+    )
+
+
+@each(lambda engine, tuning: [kto_run(engine, tuning)], engines=EVERY_ENGINE, tunings=("full",))
+def test_kto_compares_with_the_images_of_both_processes(found, needs, start, tmp_path):
+    alone = train_alone(needs[0], start, tmp_path)
+    ours, before = saved_weights(found[0] / "saved"), walk_of(found[0])[0]["policy"]
+    theirs = saved_weights(tmp_path)
+    assert apart(moved(ours, before), moved(theirs, before)) < 1e-3
+    gains = [
+        entry["rewards/chosen"] + entry["rewards/rejected"] for entry in alone.state.log_history if "loss" in entry
+    ]
+    assert gains[-1] > 0.2  # twice beta / 2 times the mean gain
 
 
 # ---- The reference -------------------------------------------------------------------------------------------------

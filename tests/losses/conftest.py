@@ -57,7 +57,17 @@ AGAIN = {
     # TRL's dpo_trainer.py, with `beta * logratios` for these rewards
     "apo_zero": lambda s, k: (1 - torch.sigmoid(s.rw)) + torch.sigmoid(s.rl),
     "apo_down": lambda s, k: torch.sigmoid(s.rw) + (1 - torch.sigmoid(s.rw - s.rl)),
+    "tgo": lambda s, k: -(log_sigmoid(s.rw) + log_sigmoid(-s.rl)) / 2,
+    "kto": lambda s, k: kto(torch.cat([s.rw, s.rl]), k["kto_loser_weight"]),
 }
+
+
+def kto(rewards: torch.Tensor, weight: float) -> torch.Tensor:
+    """Diffusion-KTO, image by image, with labels of 1 and -1 as the authors' code has them."""
+    pairs = len(rewards) // 2
+    label = torch.tensor([1.0] * pairs + [-1.0] * pairs).double()
+    utility = torch.sigmoid(label * (rewards - rewards.detach().mean().clamp(min=0)))
+    return (torch.where(label > 0, 1.0, weight) * (1 - utility)).view(2, pairs).mean(0)
 
 
 def losses_again(name, pred, target, ref, *, beta, loss_kwargs=None, scores=None) -> torch.Tensor:

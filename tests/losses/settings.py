@@ -15,4 +15,5 @@ SETTINGS = {
     "dpop": {"dpop_lambda": 2.0},
     "linear": {"linear_eta": 0.05},
     "smpo": {"smpo_coefficient": 3.0, "smpo_score_scale": 0.3},
+    "kto": {"kto_loser_weight": 0.4},
 }

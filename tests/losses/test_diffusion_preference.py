@@ -64,7 +64,7 @@ def test_predictions_that_are_not_pairs_are_refused(rows, seeded_pairs):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "kto"}, "`loss_type`.*'kto'"),
+        ({"loss_type": "orpo"}, "`loss_type`.*'orpo'"),
         ({"loss_type": "sigmoid", "ref_pred": None}, "'sigmoid' needs `ref_pred`"),
         ({"loss_type": "dmpo", "beta": None}, "'dmpo' needs `beta`"),
         ({"beta": 0.0}, "`beta`"),

@@ -1,6 +1,7 @@
 """The loss table: values derived by hand, a second implementation in float64, limits and identities."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,10 @@ BY_HAND = {
     # beta 2/3 log 3: r_w = -(beta / 2) d_w = log 3 and r_l = -log 3, hence u = 2 log 3 = log 9
     "apo_zero": (LOG3 / 1.5, {}, 1 / 4 + 1 / 4),
     "apo_down": (LOG3 / 1.5, {}, 3 / 4 + 1 / 10),
+    # the same rewards: sigma(r_w) = sigma(-r_l) = 3/4
+    "tgo": (LOG3 / 1.5, {}, math.log(4 / 3)),
+    # z = max(0, (3 - 3) / 2) = 0, so x_w = x_l = log 3
+    "kto": (LOG3 / 1.5, {"kto_loser_weight": 0.5}, (1 / 4 + 0.5 * 1 / 4) / 2),
 }
 SCORES = torch.tensor([LOG3, 0.0])
 
@@ -85,6 +90,8 @@ def test_losses_of_a_batch_agree_with_a_second_implementation(loss_type: str, se
         ("hinge", 1.0),
         ("apo_zero", 1.0),
         ("apo_down", 1.0),
+        ("tgo", math.log(2)),
+        ("kto", 0.5),
         ("ipo", 1 / (2 * 5000) ** 2),
         ("dspo_sdxl", 0.25),  # shift 0: the branch without it
         ("dmpo", 0.5 * math.log(0.5 / 0.99) + 0.5 * math.log(0.5 / 0.01)),
@@ -139,13 +146,51 @@ def test_mapo_of_a_perfect_winner_compares_with_exactly_one(error: float):
         # sigma' is 3/16 at log 3, 9/100 at log 9 and 27/784 at log 27; d r / d err = -1.
         ("apo_zero", 3 / 16, -9 / 100),
         ("apo_down", 27 / 784 - 3 / 16, -27 / 784),  # the winner's error is raised as well
+        ("tgo", (1 / 4) / 2, -(1 / 10) / 2),  # -(1 - sigma), of a mean of two
+        # z = max(0, (log 3 - log 9) / 2) = 0
+        ("kto", (3 / 16) / 2, -(9 / 100) / 2),
     ],
 )
-def test_apo_weighs_each_branch_by_its_own_reward(loss_type: str, winner_gradient: float, loser_gradient: float):
+def test_each_branch_is_weighed_by_its_own_reward(loss_type: str, winner_gradient: float, loser_gradient: float):
     winner = torch.tensor([5 - LOG3], dtype=torch.float64, requires_grad=True)
     loser = torch.tensor([1 + 2 * LOG3], dtype=torch.float64, requires_grad=True)
     LOSSES[loss_type].pair_losses(terms_of_errors(winner, loser, 5.0, 1.0), beta=2.0).sum().backward()
     assert (winner.grad.item(), loser.grad.item()) == pytest.approx((winner_gradient, loser_gradient), rel=1e-12)
+
+
+# Gains of winners 4 and 8 and of losers 0 and 4, so z = 4; b = beta / 2 = 1/2: x_w = 0 and 2, x_l = 2 and 0.
+UTILITIES = {  # h of the two winners, then of the two losers
+    "sigmoid": ([0.5, 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-2)), 0.5]),
+    "loss_averse": ([-math.log(2), -math.log1p(math.exp(-2))], [-math.log1p(math.exp(-2)), -math.log(2)]),
+    "risk_seeking_1": ([math.log(2), math.log1p(math.exp(2))], [-math.log1p(math.exp(-2)), -math.log(2)]),
+    "risk_seeking_2": ([0.0, math.exp(0.02) - 1], [-math.exp(-0.02) - 1, -2.0]),
+    "risk_seeking_3": ([math.log(2), math.log1p(math.exp(2))], [math.log1p(math.exp(2)), math.log(2)]),
+}
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_kto_has_five_utilities(utility: str):
+    terms = terms_of_errors([6.0, 2.0], [5.0, 1.0], 10.0, 5.0)
+    found = LOSSES["kto"].pair_losses(terms, beta=1.0, kto_utility=utility, kto_loser_weight=3.0)
+    winners, losers = UTILITIES[utility]
+    expected = [(1 - better + 3 * (1 - worse)) / 2 for better, worse in zip(winners, losers, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kto_compares_with_the_mean_of_all_processes_and_never_with_a_loss():
+    terms = terms_of_errors([6.0], [5.0], 10.0, 5.0)  # gains 4 and 0
+    for mean, z in ((2.5, 2.5), (-1.0, 0.0)):
+        found = LOSSES["kto"].pair_losses(replace(terms, average=lambda own, mean=mean: own * 0 + mean), beta=2.0)
+        expected = (1 / (1 + math.exp(4 - z)) + 1 / (1 + math.exp(z))) / 2
+        assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", ["brave", 1.0])
+def test_a_setting_that_is_a_word_is_checked(value):
+    with pytest.raises(ValueError, match=r"kto_utility.*one of sigmoid.*" + str(value)):
+        check_loss_kwargs("kto", 1.0, {"kto_utility": value})
+    with pytest.raises(ValueError, match="kto_loser_weight.*at least 0"):
+        check_loss_kwargs("kto", 1.0, {"kto_loser_weight": "sigmoid"})
 
 
 @pytest.mark.parametrize(("margin", "weight"), [(-6.0, 0.4), (6.0, 0.6), (0.5, 0.525)])

@@ -24,6 +24,8 @@ MILD = {
     "smpo": (0.8, {"smpo_coefficient": 3.0}),
     "capo": (0.3, {}),
     "apo_zero": (0.8, {}),
+    "tgo": (0.8, {}),
+    "kto": (0.8, {}),
 }
 SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])  # winners first, each ahead of its loser
 

@@ -87,6 +87,20 @@ def test_a_run_whose_samples_a_user_removed_has_none_in_its_card(make_trainer, t
     assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "sentence"),
+    [
+        ("sigmoid", "a small step of gradient descent does not raise the error on the preferred images."),
+        ("sft", "It was trained without the safeguard of Diffusion-SDPO."),
+        ("apo_down", "It was trained without the safeguard of Diffusion-SDPO."),
+    ],
+)
+def test_a_card_claims_a_safeguard_only_if_the_run_has_one(make_trainer, tmp_path, loss_type, sentence):
+    """A loss may have none although the user did not switch it off."""
+    make_trainer(loss_type=loss_type, safeguard=None, max_steps=1).create_model_card()
+    assert sentence in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_a_card_names_the_commit_of_the_base(make_trainer, sd_folder, tmp_path):
     """The name of a model on the Hub may mean other weights tomorrow."""
     commit = "c" * 40

@@ -1,6 +1,7 @@
 """The parameter-space safeguard on one device: against float64 gradients computed by hand, in every order of the
 backward passes, and what it refuses."""
 
+import copy
 import math
 
 import pytest
@@ -169,6 +170,36 @@ def test_gradients_of_a_whole_batch_are_split_under_checkpointing_and_autocast(m
         assert trainer.pair_forward.by_halves == halves
     tolerance = 5e-2 if "bf16" in settings else 1e-4
     assert (moves[0] - moves[1]).norm() <= tolerance * moves[1].norm()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 6, (3, 1), dilation=2, groups=2, bias=False),
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"),
+        nn.Linear(8, 5),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_each_half_gets_the_gradients_of_autograd(module, pairs):
+    module = copy.deepcopy(module).double()
+    weights = list(module.parameters())
+    rows = torch.randn(2 * pairs, 4, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    split = SplitGradients(module, weights)
+    with split.active():
+        prediction = split.predict(lambda: module(rows), len(rows))
+        towards = torch.randn_like(prediction)
+        (prediction * towards).sum().backward()
+    assert split.trouble is None
+    for half, leaves in zip((slice(0, pairs), slice(pairs, None)), split.leaves, strict=True):
+        # Contiguous, because torch crashes on channels-last tensors here.
+        expected = torch.autograd.grad(module(rows[half].contiguous()), weights, towards[half].contiguous())
+        torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
 # ---- Models whose gradients cannot be split -------------------------------------------------------------------------

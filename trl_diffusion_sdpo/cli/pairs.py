@@ -182,12 +182,13 @@ def _add_pick_options(parser: argparse.ArgumentParser) -> None:
     host = "Address of the page (default: 127.0.0.1, only for this machine). Use 0.0.0.0 to open it on a phone."
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=host)
     parser.add_argument("--port", type=int, metavar="N", help="Port of the page (default: 8765, or a free one).")
+    thumbs = "Show one image at a time, to like or dislike, and write images.jsonl instead of pairs.jsonl."
+    parser.add_argument("--thumbs", action="store_true", help=thumbs)
 
 
 def _pick(options: argparse.Namespace) -> None:
     from ..tools.pairing.manifest import MANIFEST_FILE
     from ..tools.pairing.own_images import list_images
-    from ..tools.pairing.picks import PAIRS_FILE
     from ..tools.pairing.server import LOCAL_HOST, PickServer
     from ..tools.pairing.session import PickSession
 
@@ -196,7 +197,7 @@ def _pick(options: argparse.Namespace) -> None:
         raise UserError(f"There is no folder {folder}. Check the path.")
     if not (folder / MANIFEST_FILE).is_file():
         print("\n".join(list_images(folder)))
-    session = PickSession(folder)
+    session = PickSession(folder, thumbs=options.thumbs)
     try:
         server = PickServer(session, options.host, options.port)
         for reason, count in session.left_out.items():
@@ -214,7 +215,8 @@ def _pick(options: argparse.Namespace) -> None:
         pass
     finally:
         session.close()
-    print(f"\n{len(session.log.picks)} picks so far. {folder / PAIRS_FILE} has {session.pairs} pairs.")
+    rows = "images" if options.thumbs else "pairs"
+    print(f"\n{len(session.log.picks)} picks so far. {folder / session.file_name} has {session.pairs} {rows}.")
     for reason, count in session.unused.items():
         print(f"Not used: {count} picks {reason}.")
     for sentence in session.result():

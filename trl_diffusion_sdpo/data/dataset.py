@@ -165,7 +165,7 @@ class PreferenceDataset(Pairs):
         self._losers = losers
         self._encoded: PairEncodings | None = None
         self._forget_undecodable()
-        self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
+        self.has_loser_prompts = (source.prompt_of_each_image or source.single_images) and not options.permutes
         self.has_scores = "scores" in pairs.columns
         self.has_masks = source.has_masks
         self.has_sources = source.has_sources
@@ -320,7 +320,7 @@ class PreferenceDataset(Pairs):
         if self.source.prompt_of_each_image:
             columns = [1, 3] if self.has_loser_prompts else [1]
             images = np.unique(positions[:, columns].clip(max=1)).tolist()
-        rows = np.unique(positions[:, 0])
+        rows = np.unique(positions[:, [0, 2] if self.has_loser_prompts else 0])
         prompts = zip(*(self.source.prompts_of_rows(rows, image) for image in images), strict=True)
         yield from zip(rows.tolist(), prompts, strict=True)
 

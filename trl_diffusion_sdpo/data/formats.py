@@ -30,6 +30,8 @@ LARGEST = 1e9  # a larger score or weight would outweigh all other pairs togethe
 SHOWN = 60  # characters of a prompt in a reason
 VALID = ("true", "1", "1.0", "yes")  # words of a validity column
 INVALID = ("false", "0", "0.0", "no")
+LIKED = ("true", "1", "1.0", "yes", "up", "like", "liked", "good")
+DISLIKED = ("false", "0", "0.0", "-1", "-1.0", "no", "down", "dislike", "disliked", "bad")
 # Longest prompt, in characters. Text encoders read 77 to 1024 tokens of about 4 characters, so at 16 characters a token
 # nothing that they read is cut off. Longer texts, such as a book, would take minutes and gigabytes to tokenize.
 LONGEST_PROMPT = 1024 * 16
@@ -74,6 +76,8 @@ class PreferenceFormat:
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two, one for each image.
         has_losers (`bool`): Whether rows have a loser. Without, `losers="permute"` must be set, which makes losers of
             other pairs' winners.
+        single_images (`bool`): Whether a row has one image and a verdict on it. `single_images.py` matches it with that
+            of another row.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
         mask_columns (`tuple[str, ...]`): The mask column for both images, or one for each of the two image columns.
             Empty without masks.
@@ -95,6 +99,7 @@ class PreferenceFormat:
     text_members: bool = False
     prompt_of_each_image: bool = False
     has_losers: bool = True
+    single_images: bool = False
     is_swapped: bool = False
     mask_columns: tuple[str, ...] = ()
     source_columns: tuple[str, ...] = ()
@@ -264,6 +269,20 @@ def rank_of_row(values: Sequence[Any]) -> ImageScores:
     return ImageScores((-finite_number(values[0], "rank"),))
 
 
+def liked_or_disliked(values: Sequence[Any]) -> ImageScores:
+    """Return 1 for an image that a word or number of `LIKED` calls liked, and 0 for one of `DISLIKED`."""
+    word = str(member_text(values[0])).lower()
+    if word not in (*LIKED, *DISLIKED):
+        raise LabelError(
+            f"`label` must be true or false, or one of {', '.join((*LIKED, *DISLIKED))}; got {values[0]!r}"
+        )
+    return ImageScores((float(word in LIKED),))
+
+
+def score_of_row(values: Sequence[Any]) -> ImageScores:
+    return ImageScores((finite_number(values[0], "score"),))
+
+
 def left_or_right(values: Sequence[Any]) -> ImageScores:
     """Return scores for a vote of EditReward-Data or GenAI-Bench: `leftvote`, `rightvote`, `tie...` or `both...`."""
     vote = member_text(values[0])
@@ -274,15 +293,16 @@ def left_or_right(values: Sequence[Any]) -> ImageScores:
     raise LabelError(f"`vote_type` must be leftvote, rightvote or tie, got {vote!r}")
 
 
-def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
-    """Return the first format in `FORMATS` whose required columns all exist.
+def detect_format(column_names: Iterable[str], *, reads_verdicts: bool = True) -> PreferenceFormat:
+    """Return the first format in `FORMATS` whose required columns all exist, without `reads_verdicts` except that of
+    single images.
 
     Raises:
         ValueError: If the columns match no format.
     """
     columns = list(column_names)
     for candidate in FORMATS.values():
-        if not candidate.missing(columns):
+        if not candidate.missing(columns) and (reads_verdicts or not candidate.single_images):
             return candidate
     raise UserError(
         f"The columns {columns} match no known preference format. Rename columns (`dataset.rename_columns`) to "
@@ -298,6 +318,7 @@ def resolve_format(
     use_scores: bool = True,
     score_reading: ScoreReading | None = None,
     is_swapped: bool = False,
+    reads_verdicts: bool = True,
 ) -> PreferenceFormat:
     """Return the format of a data set, by default detected from its columns, reduced to those that exist.
 
@@ -307,13 +328,14 @@ def resolve_format(
         use_scores (`bool`): Whether to read score columns. Every row then needs scores.
         score_reading (`ScoreReading`, *optional*): How the run reads scores.
         is_swapped (`bool`): Whether to exchange winner and loser of every pair.
+        reads_verdicts (`bool`): Whether the format of single images may be detected. Without, they are `captioned`.
 
     Raises:
         ValueError: If the columns do not fit the format, or both the data and a setting say the scale of scores.
     """
     columns = list(column_names)
     if dataset_format is None:
-        row_format = detect_format(columns)
+        row_format = detect_format(columns, reads_verdicts=reads_verdicts)
         alone = [column for column in BRANCH_PROMPTS if column in columns]
         if len(alone) == 1 and row_format.image_columns == ("chosen", "rejected"):
             raise UserError(
@@ -340,6 +362,9 @@ def resolve_format(
     source_columns = tuple(name for name in SOURCE_COLUMNS if name in columns)[:1]
     if source_columns == ("source",) and getattr((features or {}).get("source"), "dtype", None) in TEXT:
         source_columns = ()
+    if row_format.single_images:  # one column judges all rows
+        column = next(names for names in row_format.label_readers if set(names) <= set(columns))
+        row_format = replace(row_format, label_readers={column: row_format.label_readers[column]})
     has_scores = use_scores and row_format.score_columns is not None and set(row_format.score_columns) <= set(columns)
     reading = score_reading or ScoreReading()
     is_described = has_scores and SCALE_COLUMN in columns
@@ -518,6 +543,14 @@ FORMATS: dict[str, PreferenceFormat] = {
             prompt_columns=("instruction", *_PROMPTS),
             image_columns=("left_image", "right_image"),
             label_readers={("vote_type",): left_or_right},
+        ),
+        PreferenceFormat(
+            name="single_images",
+            prompt_columns=_PROMPTS,
+            image_columns=("image",),
+            other_image_columns=("jpg", "png"),
+            label_readers={("label",): liked_or_disliked, ("score",): score_of_row},
+            single_images=True,
         ),
         PreferenceFormat(
             name="captioned",

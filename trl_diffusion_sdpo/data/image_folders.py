@@ -1,6 +1,6 @@
 """Lists the pairs in folders of images without a table, as rows of a format in `formats.py`. Two images are a pair if
-they have equal names in the folders `chosen` and `rejected`, or if only a rank at the end of their names differs.
-Prompts are in text files."""
+they have equal names in the folders `chosen` and `rejected`, or if only a rank at the end of their names differs. An
+image in the folders `liked` and `disliked` is a row by itself. Prompts are in text files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from .images import check_regular_file, is_image, is_unread_image
 logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
+KINDS = ("liked", "disliked")  # of images by themselves
 LAYOUTS = (
     "Give the two images of a pair the same name in the folders chosen and rejected, and write the prompt into a text "
     "file of this name (a.txt). Or give up to 8 images of a prompt ranks of one or two digits at the end of their "
-    "names (a_0.png is better than a_1.png). Or list the images in a table (pairs.csv with the columns prompt, chosen, "
+    "names (a_0.png is better than a_1.png). Or put single images, each with its own text file, into the folders liked "
+    "and disliked. Or list the images in a table (pairs.csv with the columns prompt, chosen, "
     "rejected), and pass the path of the table."
 )
 TABLES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv")
@@ -68,11 +70,11 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     """Return the pairs of each split of a folder. Beside a subfolder `train`, each subfolder is a split; otherwise, the
     whole folder is the split `train`.
 
-    Return `None` if there is a table `metadata.*`, and, without folders `chosen` and `rejected`, if there is another
-    table or no images are ranked by name.
+    Return `None` if there is a table `metadata.*`, and, without folders `chosen` and `rejected` or `liked` and
+    `disliked`, if there is another table or no images are ranked by name.
 
     Raises:
-        ValueError: If there is only one of `chosen` and `rejected`.
+        ValueError: If there is only one of the two folders, or there are all four.
     """
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     has_splits = any(folder.name == "train" for folder in folders)
@@ -80,30 +82,32 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     tables = [file for folder in {path, *splits} for file in folder.glob("[!.]*") if file.suffix.lower() in TABLES]
     if any(file.stem == "metadata" for file in tables):
         return None  # `datasets` reads the images that this table lists
-    sides = {folder: [side for side in SIDES if (folder / side).is_dir()] for folder in splits}
+    sides = {folder: tuple(side for side in (*SIDES, *KINDS) if (folder / side).is_dir()) for folder in splits}
     for folder, present in sides.items():
-        if len(present) == 1:
+        if present not in ((), SIDES, KINDS):
             raise UserError(
-                f"{folder} must have both folders, chosen and rejected. It has only {present[0]}. {LAYOUTS}"
+                f"{folder} must have both folders, chosen and rejected or liked and disliked. It has only "
+                f"{', '.join(present)}. {LAYOUTS}"
             )
     if not any(sides.values()):
         stems = [stem_of(file, path) for file in _files(path) if is_image(file)]
         ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
         if tables or len(ranked) == len(set(ranked)):
             return None  # a table may list the images, or no two names differ only in a rank
-    return {folder.name if has_splits else "train": _read(folder, has_sides=bool(sides[folder])) for folder in splits}
+    return {folder.name if has_splits else "train": _read(folder, sides[folder]) for folder in splits}
 
 
-def _read(folder: Path, has_sides: bool) -> FolderSplit:
-    """Read one split. Images whose names differ only in folder or rank form a group, which becomes a row."""
+def _read(folder: Path, sides: tuple[str, ...]) -> FolderSplit:
+    """Read one split with the folders `sides`. Images whose names differ only in folder or rank form a group, which
+    becomes a row. Each image of `KINDS` is a group."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and files; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     skipped: dict[str, list[Path]] = defaultdict(list)
 
     for file in sorted(_files(folder)):
         side = file.relative_to(folder).parts[0]
-        is_inside = has_sides and side in SIDES
-        stem = stem_of(file, folder / side if is_inside else folder)
+        is_inside = side in sides
+        stem = stem_of(file, folder / side if is_inside and sides == SIDES else folder)
         rank = _RANKED.fullmatch(stem)
         if is_unread_image(file):
             skipped[UNREAD_FORMAT].append(file)
@@ -116,9 +120,9 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
         elif not is_image(file):
             continue
         elif is_inside:
-            groups[stem].append((SIDES.index(side), file))
-        elif has_sides:
-            skipped["outside of chosen and rejected"].append(file)
+            groups[stem].append((sides.index(side), file))
+        elif sides:
+            skipped[f"outside of {' and '.join(sides)}"].append(file)
         elif rank is None:
             skipped["without a rank of one or two digits at the end of the name"].append(file)
         else:
@@ -127,12 +131,12 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
     rows: list[dict[str, Any]] = []
     for stem in sorted(groups):
         ranks, files = zip(*sorted(groups[stem], key=lambda entry: entry[0]), strict=True)
-        names = [stem] if has_sides else [stem, *(stem_of(file, folder) for file in files)]
+        names = [stem] if sides else [stem, *(stem_of(file, folder) for file in files)]
         texts = {read_caption(text) for name in names for text in captions[name]}
         reason = ""
-        if has_sides and len(set(ranks)) < len(ranks):
+        if sides and len(set(ranks)) < len(ranks):
             reason = "with the same name in the same folder"
-        elif len(files) == 1:
+        elif len(files) == 1 and sides != KINDS:
             reason = "without a second image"
         elif len(files) > MAX_RANKS:
             reason = f"with numbers that count images: more than {MAX_RANKS} images of one name are not a ranking"
@@ -141,7 +145,9 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
         paths = [str(file.absolute()) for file in files]
         if reason:
             skipped[reason] += files
-        elif has_sides:
+        elif sides == KINDS:
+            rows.append({"prompt": texts.pop(), "image": paths[0], "label": KINDS[ranks[0]]})  # `single_images`
+        elif sides:
             rows.append({"prompt": texts.pop(), "chosen": paths[0], "rejected": paths[1]})  # `canonical`
         else:
             rows.append({"prompt": texts.pop(), "image_path": paths, "rank": list(ranks)})  # `hpdv2`

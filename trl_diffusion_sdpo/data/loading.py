@@ -41,8 +41,9 @@ def load_pairs(
         name (`str` or `os.PathLike`): Id on the Hub, or path of a file or folder. Files may be parquet, arrow, JSON,
             JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may be a data set for
             `datasets.load_dataset`, the output of `pairs pick`, `pairs generate`, `pairs score` or `save_to_disk`, or
-            have images in the folders `chosen` and `rejected`, or with ranks at the end of their names. Relative names
-            of images are looked up in the folder `name`, or that of the file `name`, and then in the working directory.
+            have images in the folders `chosen` and `rejected` or `liked` and `disliked`, or with ranks at the end of
+            their names. Relative names of images are looked up in the folder `name`, or that of the file `name`, and
+            then in the working directory.
         split (`str`): Split, such as `"train"`, or for what `datasets` reads an expression such as `"train[:90%]"`. A
             single file accepts any name.
         config (`str`, *optional*): Configuration of a data set of the Hub.
@@ -88,8 +89,9 @@ def has_one_split(path: Path) -> bool:
 
 
 def _table_in(path: Path) -> Path | None:
-    """Return the table of pairs that `pairs pick`, `pairs generate` or `pairs score` wrote into a folder, or `None`."""
-    for mark, table in (("manifest.jsonl", "pairs.jsonl"), ("scores.json", "pairs.parquet")):
+    """Return the table that `pairs pick`, `pairs generate` or `pairs score` wrote into a folder, or `None`."""
+    names = (("manifest.jsonl", "pairs.jsonl"), ("manifest.jsonl", "images.jsonl"), ("scores.json", "pairs.parquet"))
+    for mark, table in names:
         if (path / mark).is_file() and (path / table).is_file():
             return path / table
     return None

@@ -19,11 +19,13 @@ from .mixtures import PairMixture
 from .pair_table import PairTable
 from .pairs import Pairs
 from .permuted_losers import PermutedLosers
+from .single_images import match_again
 from .sources import PairSource, make_source
 from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
 
+EXAMINED_IMAGES = 2000  # of each kind, to find those that are liked and disliked
 MISSING = "is missing: the row has fewer images than labels"
 
 
@@ -57,6 +59,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
         score_reading=options.score_reading,
         is_swapped=options.swap_labels,
         number_columns=(*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ())),
+        reads_verdicts=not options.permutes,
     )
     check_columns(source.formats, options, name)
 
@@ -69,6 +72,8 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
         pairs = PairTable(pairs.positions[:, [0, 1, 0, 1]], {})
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
+    if source.single_images and len(pairs) and not options.permutes:
+        report.notes += _notes_on_single_images(source, pairs)
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
@@ -100,7 +105,8 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
     if not options.permutes and not all(row_format.has_losers for row_format in formats):
         raise UserError(
             f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to "
-            "take images with other captions as losers, or rename columns to match another format."
+            "take images with other captions as losers, add a column `label` that says which images are liked, or "
+            "rename columns to match another format."
         )
     for column, has_it in (("a mask column", has_masks), ("a `source` column", has_sources)):
         if options.permutes and has_it:
@@ -118,6 +124,12 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
             f"{options.needs_masks} needs data with a mask column, and the {name} data have none. Add it, or leave the "
             "setting out."
         )
+    if any(row_format.single_images for row_format in formats) and (has_sources or options.noise_seeds):
+        what = "a `source` column" if has_sources else "`noise_source='generated'`"
+        raise UserError(
+            f"Single images, liked or disliked, cannot have {what} yet, as the {name} data have. Leave it out, or make "
+            "pairs of the images."
+        )
     shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
     if options.noise_seeds and shared:
         raise UserError(
@@ -125,6 +137,21 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
             f"the {name} data (format {'+'.join(shared)}), a row may have images of several pairs. Write one row for "
             "each pair."
         )
+
+
+def _notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
+    """Return lines for the report: how liked and disliked images became pairs, and how many are both."""
+    liked, disliked = (np.unique(pairs.positions[:, column]) for column in (0, 2))
+    matched = f"{len(liked)} liked and {len(disliked)} disliked images are matched at random"
+    if len(liked) != len(disliked):
+        kind, few = min(("liked", len(liked)), ("disliked", len(disliked)), key=lambda each: each[1])
+        matched += f"; each {kind} one comes {len(pairs) / few:.3g} times an epoch"
+    starts = [
+        {(image.prompt, image.start()) for image in source.images((row, 0) for row in rows[:EXAMINED_IMAGES].tolist())}
+        for rows in (liked, disliked)
+    ]
+    both = len(starts[0] & starts[1])
+    return (matched, *([f"{both} images are liked and disliked, with the same prompt"] if both else []))
 
 
 def _drop_bad_images(
@@ -139,6 +166,8 @@ def _drop_bad_images(
     sizes, reasons = source.examine_images(
         pairs.positions, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
     )
+    if all(row_format.single_images for row_format in source.formats):
+        return _drop_bad_single_images(source, pairs, sizes, reasons, options, report)
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
@@ -159,6 +188,35 @@ def _drop_bad_images(
             size = f"{target.width}x{target.height}" if options.buckets is None else "of their bucket"
             report.notes += (f"{enlarged} pairs have an image that is enlarged to the size {size} (`resolution`)",)
     return pairs
+
+
+def _drop_bad_single_images(
+    source: PairSource,
+    pairs: PairTable,
+    sizes: np.ndarray,
+    reasons: dict[tuple[int, int], str],
+    options: PairOptions,
+    report: DataReport,
+) -> PairTable:
+    """Match the images that remain anew, so that a bad one takes no good one with it, and as far as possible two of one
+    bucket."""
+    is_readable = np.asarray((sizes > 0).all(2))  # (P, 2)
+    is_large = np.asarray((sizes >= (options.min_side or 0)).all(2))
+    for kind, is_bad in (("undecodable", ~is_readable), ("too_small", is_readable & ~is_large)):
+        found = {int(row): size for row, size in zip(pairs.positions[:, [0, 2]][is_bad], sizes[is_bad], strict=True)}
+        for row, size in found.items():
+            small = f"{min(size)} pixels along the shorter side, and `min_side={options.min_side}`"
+            report.add(kind, row, f"image {reasons.get((row, 0), MISSING)}" if kind == "undecodable" else small)
+    buckets = None
+    if options.buckets is not None:
+        flat = np.tile(sizes.reshape(-1, 2), 2).astype(np.int64)  # (2P, 4): each image twice
+        buckets = options.buckets.assign(flat).reshape(-1, 2)
+    matched = match_again(pairs.positions, is_readable & is_large, buckets)
+    if options.buckets is None:
+        return PairTable(matched, {})
+    by_row = dict(zip(pairs.positions[:, [0, 2]].reshape(-1).tolist(), sizes.reshape(-1, 2), strict=True))
+    of_pairs = np.array([[*by_row[liked], *by_row[disliked]] for liked, _, disliked, _ in matched.tolist()])
+    return PairTable(matched, {"size": options.buckets.assign(of_pairs.reshape(-1, 4).astype(np.int64))})
 
 
 def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
@@ -225,6 +283,11 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         weights = dataset.weights
     streams = [Stream(rows, row_format, label, options) for label, rows, row_format in listed]
     check_columns([stream.format for stream in streams], options, name)
+    if any(stream.format.single_images for stream in streams):
+        raise UserError(
+            f"Single images are matched before the first batch, but the {name} data are a stream. Load the data "
+            "without `streaming=True`."
+        )
     if any(stream.format.source_columns for stream in streams):
         raise UserError(
             f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "

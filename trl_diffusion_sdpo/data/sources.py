@@ -28,6 +28,7 @@ from .kept_index import kept_index
 from .mixtures import PairMixture, check_formats, repeat_by_weight
 from .number_columns import bad_seeds, numbers_of_rows
 from .pair_table import PairTable
+from .single_images import match_images
 from .tables import as_table
 
 EXAMINED = datasets.Features(
@@ -159,6 +160,8 @@ class TableSource:
 
     def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all rows. Call `reject` for dropped rows and pairs."""
+        if self.format.single_images:
+            return PairTable(match_images(self.format, self._labelled_rows(), self.name, reject), {})
         positions = array("q")
         scores = array("d")
         for group in groups(self.format, self._labelled_rows()):
@@ -179,7 +182,10 @@ class TableSource:
             order = np.argsort(positions, kind="stable")
             labels = labels.select(order)
         numbers = iter(order.tolist())
+        named = {name: kind.names for name, kind in labels.features.items() if isinstance(kind, datasets.ClassLabel)}
         for batch in labels.iter(batch_size=ROWS_AT_ONCE):
+            for column, names in named.items():  # such as the names of folders
+                batch[column] = [names[number] if number in range(len(names)) else None for number in batch[column]]
             for values in zip(*batch.values(), strict=True):
                 yield next(numbers), dict(zip(batch, values, strict=True))
 
@@ -256,7 +262,8 @@ class PairSource:
         self._starts = [0, *np.cumsum([len(table) for table in tables]).tolist()]
         self.formats = formats = [table.format for table in tables]
         self.format_name = "+".join(row_format.name for row_format in formats)
-        self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
+        self.prompt_of_each_image = any(each.prompt_of_each_image for each in formats)
+        self.single_images = any(each.single_images for each in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         self.has_sources = any(row_format.source_columns for row_format in formats)
         self.unread = tuple(dict.fromkeys(column for table in tables for column in table.unread))
@@ -419,9 +426,10 @@ class PairSource:
         images = hashlib.sha256()
         sample = pairs.positions[evenly_spaced(len(pairs), FINGERPRINTED_PAIRS)].tolist()
         for winner, number, loser, loser_number in sample:
-            for image in self.images((winner, side) for side in range(1 + self.prompt_of_each_image)):
+            both = self.images(sorted([(winner, number), (loser, loser_number)]))  # whatever the label
+            for image in both if self.prompt_of_each_image or self.single_images else self.images([(winner, 0)]):
                 prompts.update(repr(image.prompt).encode() + b"\0")
-            for image in self.images(sorted([(winner, number), (loser, loser_number)])):  # whatever the label
+            for image in both:
                 images.update(image.start() + b"\0")
         return {**facts, "prompts": short(prompts), "images": short(images)}
 
@@ -435,6 +443,7 @@ def make_source(
     score_reading: ScoreReading | None = None,
     is_swapped: bool = False,
     number_columns: Sequence[str] = (),
+    reads_verdicts: bool = True,
 ) -> PairSource:
     """Return the rows of a data set, a list of dicts or a mixture as a `PairSource`.
 
@@ -460,6 +469,7 @@ def make_source(
             use_scores=use_scores,
             score_reading=score_reading,
             is_swapped=is_swapped,
+            reads_verdicts=reads_verdicts,
         )
         tables.append(TableSource(table, row_format, label, number_columns))
     weights = dataset.weights if isinstance(dataset, PairMixture) else None

@@ -237,6 +237,10 @@ class Engine:
 
     # ---- Weights --------------------------------------------------------------------------------------------------
 
+    def average(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the mean of a scalar over all processes, which must call this together."""
+        return cast(torch.Tensor, self.accelerator.reduce(value, "mean"))
+
     def reshard(self) -> None:
         """Turn the weights that FSDP2 leaves gathered, after a forward pass without gradients, into shards again.
 

@@ -31,18 +31,21 @@ class LossDefaults:
 
 # Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
 # https://huggingface.co/papers/2406.06424 for MaPO's beta; the script of https://huggingface.co/papers/2506.02698 for
-# SmPO's. Our choices: simpo's beta makes the slope of its logit, beta / 2, that of MaPO's at error 0, T s / 2 = 250.
-# capo has half of sigmoid's beta: at margin 0, its slope then equals sigmoid's for a pair whose images' expected shares
-# of wins differ by 1/2.
+# SmPO's; https://huggingface.co/papers/2404.04465 and https://huggingface.co/papers/2605.04653 for kto and tgo, whose
+# factors of 1000 are beta / 2. Our choices: simpo's beta makes the slope of its logit, beta / 2, that of MaPO's at
+# error 0, T s / 2 = 250. capo has half of sigmoid's beta: at margin 0, its slope then equals sigmoid's for a pair whose
+# images' expected shares of wins differ by 1/2.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
     "capo": LossDefaults(beta=2500.0, safeguard_mu=0.9),
     "dmpo": LossDefaults(beta=2000.0, safeguard_mu=0.9),
     "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
+    "kto": LossDefaults(beta=2000.0, safeguard_mu=0.9),
     "linear": LossDefaults(beta=100.0, safeguard_mu=0.9),
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.9),
     "simpo": LossDefaults(beta=500.0, safeguard_mu=0.9),
     "smpo": LossDefaults(beta=2000.0, safeguard_mu=0.9),
+    "tgo": LossDefaults(beta=2000.0, safeguard_mu=0.9),
 }
 STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),  # also the published numbers of sigmoid and smpo

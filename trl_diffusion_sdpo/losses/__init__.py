@@ -11,7 +11,9 @@ from .masks import mask_anchor, mask_metrics, region_factors, within
 from .noise_bins import NOISE_BINS, noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from .preference import (
+    KTO_UTILITIES,
     LOSSES,
+    NAMED_SETTINGS,
     LossSpec,
     LossType,
     PairTerms,
@@ -33,7 +35,9 @@ from .safeguard import (
 from .winner_budget import BudgetController
 
 __all__ = [
+    "KTO_UTILITIES",
     "LOSSES",
+    "NAMED_SETTINGS",
     "NOISE_BINS",
     "WEIGHT_FUNCTIONS",
     "Anchor",

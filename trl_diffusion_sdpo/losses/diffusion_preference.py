@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,7 +59,8 @@ def diffusion_preference_loss(
     noise_bins: torch.Tensor | None = None,
     num_noise_bins: int = 1,
     scores: torch.Tensor | None = None,
-    **loss_kwargs: float,
+    average: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **loss_kwargs: float | str,
 ) -> PreferenceLossOutput:
     r"""Return the preference loss of a batch of pairs, with the safeguard in output space.
 
@@ -96,7 +97,8 @@ def diffusion_preference_loss(
             num_noise_bins)`, for the granularity `"noise_bin"`.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins (ranges of noise levels).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first, for `smpo` and `capo`.
-        loss_kwargs (`float`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
+        average (`Callable`, *optional*): Averages a scalar over processes, for `kto`. See [`PairTerms`].
+        loss_kwargs (`float` or `str`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `kto_utility`.
 
     Returns:
         [`PreferenceLossOutput`]
@@ -136,7 +138,13 @@ def diffusion_preference_loss(
 
     def terms_of(pred: torch.Tensor) -> PairTerms:
         return pair_terms(
-            pred, target, ref_pred, ref_errors=ref_errors, timestep_weights=timestep_weights, scores=scores
+            pred,
+            target,
+            ref_pred,
+            ref_errors=ref_errors,
+            timestep_weights=timestep_weights,
+            scores=scores,
+            average=average,
         )
 
     def losses_of(terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -39,6 +39,8 @@ class PairTerms:
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. It is
             already in the errors, and its square root in `winner_residual` and `winner_shift`.
         margin_clamp (`float`, *optional*): Largest logit. A larger one is cut to it and passes no gradient.
+        average (`Callable`, *optional*): Takes a mean over these pairs, and returns that over the pairs of all
+            processes. Only `kto` calls it. `None` for these pairs alone.
 
     Example:
 
@@ -58,6 +60,7 @@ class PairTerms:
     scores: torch.Tensor | None = None
     timestep_weights: torch.Tensor | None = None
     margin_clamp: float | None = None
+    average: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def winner_change(self) -> torch.Tensor:
@@ -102,6 +105,7 @@ def pair_terms(
     ref_errors: torch.Tensor | None = None,
     timestep_weights: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    average: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> PairTerms:
     """Compute the [`PairTerms`] of a batch from predictions, winners first.
 
@@ -114,6 +118,7 @@ def pair_terms(
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
             weights (omega in Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
+        average (`Callable`, *optional*): See [`PairTerms`].
 
     Returns:
         [`PairTerms`]: Errors, residuals and scores of the pairs, in float32.
@@ -138,6 +143,7 @@ def pair_terms(
         winner_shift=winner_shift,
         scores=None if scores is None else scores.float().view(2, -1),
         timestep_weights=weights,
+        average=average,
     )
 
 
@@ -363,6 +369,55 @@ def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     return torch.sigmoid(winner_reward) + torch.sigmoid(-terms.logit(beta))
 
 
+def tgo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
+    """Return the loss of threshold-guided optimization (TGO), the mean over both images of a pair, `(B,)`:
+    `-logsigmoid(r_w)` of the winner and `-logsigmoid(-r_l)` of the loser.
+
+    `r_w` and `r_l` are their rewards ([`PairTerms.rewards`]). Neither term reads the other image, so the two need not
+    belong together.
+
+    Source: https://huggingface.co/papers/2605.04653, of which we know a summary with formulas. Its temperature of 0.001
+    is `beta / 2 = 1000`. Its weights by the score's distance from the threshold are not here.
+    """
+    winner_reward, loser_reward = terms.rewards(beta)
+    return (-F.logsigmoid(winner_reward) - F.logsigmoid(-loser_reward)) / 2
+
+
+def kto_loss(
+    terms: PairTerms, *, beta: float, kto_utility: str = "sigmoid", kto_loser_weight: float = 1.0
+) -> torch.Tensor:
+    """Return the Diffusion-KTO loss, the mean over both images of a pair, `(B,)`: `1 - h(x_w)` of the winner and
+    `1 - h(x_l)` of the loser, the latter times `kto_loser_weight`.
+
+    With the reference's error minus the policy's `g`, the detached `z = max(0, mean g)` over the images of all
+    processes and `b = beta / 2`, `x_w = b (g_w - z)` and `x_l = -b (g_l - z)`. The utility `h` is one of
+    [`KTO_UTILITIES`]. Apart from `z`, neither term reads the other image.
+
+    Source: https://huggingface.co/papers/2404.04465 and its code, whose beta of 1000 is `beta / 2`. Its batches have
+    four liked images for each disliked one, which is a `kto_loser_weight` of 0.25.
+    """
+    gains = -torch.stack([terms.winner_change, terms.loser_change])  # (2, B)
+    mean = gains.detach().mean()
+    winner, loser = gains - (mean if terms.average is None else terms.average(mean)).clamp(min=0)
+    winner_loss, loser_loss = 1 - KTO_UTILITIES[kto_utility](0.5 * beta * torch.stack([winner, -loser]))
+    return (winner_loss + kto_loser_weight * loser_loss) / 2
+
+
+def _for_liked(gain: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a utility of `x` `(2, B)`, winners first, that is `gain` of a winner's `x`, and minus `gain` of minus a
+    loser's."""
+    return lambda x: torch.stack([gain(x[0]), -gain(-x[1])])
+
+
+KTO_UTILITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # named as in the published code
+    "sigmoid": torch.sigmoid,
+    "loss_averse": F.logsigmoid,
+    "risk_seeking_1": _for_liked(lambda x: -F.logsigmoid(-x)),
+    "risk_seeking_2": lambda x: _for_liked(lambda each: torch.exp(each / 100))(x) - 1,
+    "risk_seeking_3": lambda x: -F.logsigmoid(-x),
+}
+
+
 def _dmpo_target(alpha: float) -> float:
     return min(max(1 - alpha, 1e-6), 1 - 1e-6)
 
@@ -436,13 +491,13 @@ class LossSpec:
         """Whether the loss function takes the argument `beta`."""
         return "beta" in inspect.signature(self.function).parameters
 
-    def pair_losses(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
+    def pair_losses(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float | str) -> torch.Tensor:
         """Return the loss of each pair, `(B,)`, with logits cut at `margin_clamp`."""
         if self.margin_clamp is not None:
             terms = replace(terms, margin_clamp=self.margin_clamp)
         return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
 
-    def past_target(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
+    def past_target(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float | str) -> torch.Tensor | None:
         """Return whether each pair's logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
 
         `None` if the loss has no `target_logit`.
@@ -455,7 +510,7 @@ class LossSpec:
         return past if self.margin_clamp is None else past & (logit < self.margin_clamp)
 
     @cached_property
-    def loss_kwargs(self) -> dict[str, float]:
+    def loss_kwargs(self) -> dict[str, float | str]:
         """Names and defaults of the loss function's settings, without `beta`."""
         parameters = inspect.signature(self.function).parameters.values()
         return {
@@ -483,7 +538,7 @@ def _capo_target_logit(terms: PairTerms) -> torch.Tensor:
 # fmt: off
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "dspo", "dspo_sdxl", "dmpo", "sft", "mapo", "simpo", "dpop", "linear", "smpo",
-    "capo", "apo_zero", "apo_down",
+    "capo", "apo_zero", "apo_down", "tgo", "kto",
 ]
 # fmt: on
 _POSITIVE: dict[str, Any] = {"equal_weights": True, "positive_weights": True, "anchor": "branch"}
@@ -512,9 +567,11 @@ LOSSES: dict[str, LossSpec] = {
     ),
     "apo_zero": LossSpec(apo_zero_loss, anchor="branch"),
     "apo_down": LossSpec(apo_down_loss, lowers_winner=False),
+    "tgo": LossSpec(tgo_loss, anchor="branch"),
+    "kto": LossSpec(kto_loss, anchor="branch"),
 }
 
-_Range = tuple[str, Callable[[float], bool]]  # description of a range, and a function that tests a number
+_Range = tuple[str, Callable[[Any], bool]]  # description of a range, and a function that tests a value
 _BELOW_HALF: _Range = ("in [0, 0.5)", lambda value: 0 <= value < 0.5)
 _AT_LEAST_0: _Range = ("at least 0", lambda value: value >= 0)
 _ABOVE_0: _Range = ("greater than 0", lambda value: value > 0)
@@ -529,7 +586,10 @@ LOSS_KWARG_RANGES: dict[str, _Range] = {
     "linear_eta": _BELOW_HALF,
     "smpo_coefficient": _ABOVE_0,
     "smpo_score_scale": _ABOVE_0,
+    "kto_utility": (f"one of {', '.join(KTO_UTILITIES)}", KTO_UTILITIES.__contains__),
+    "kto_loser_weight": _AT_LEAST_0,
 }
+NAMED_SETTINGS = ("kto_utility",)  # whose values are words
 
 
 # ---- Sums of losses, and losses of users ----------------------------------------------------------------------------
@@ -599,7 +659,9 @@ def loss_spec(
     return replace(spec, margin_clamp=margin_clamp)
 
 
-def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_kwargs: dict[str, float]) -> None:
+def check_loss_kwargs(
+    loss_type: str | Sequence[str], beta: float | None, loss_kwargs: Mapping[str, float | str]
+) -> None:
     """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss."""
     rows = [LOSSES[name] for name in loss_weights_by_name(loss_type)]
     if any(row.uses_beta for row in rows) and beta is not None:
@@ -616,8 +678,9 @@ def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_k
         if name not in LOSS_KWARG_RANGES:
             continue  # users' losses have no ranges
         rule, holds = LOSS_KWARG_RANGES[name]
-        if not (math.isfinite(value) and holds(value)):
-            raise UserError(f"`{name}` must be {rule}, got {value}.")
+        is_word = isinstance(value, str)
+        if is_word != (name in NAMED_SETTINGS) or not (is_word or math.isfinite(float(value))) or not holds(value):
+            raise UserError(f"`{name}` must be {rule}, got {value!r}.")
 
 
 def _sum_spec(weights: dict[str, float]) -> LossSpec:
@@ -636,14 +699,14 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     targets = [(row, row.target_logit) for row in rows if row.target_logit is not None]
     equal = all(row.equal_weights and row.uses_loser and not row.reads_reference_prediction for row in rows)
 
-    def settings_of(row: LossSpec, settings: dict[str, float]) -> dict[str, float]:
+    def settings_of(row: LossSpec, settings: dict[str, float | str]) -> dict[str, float | str]:
         return {name: value for name, value in settings.items() if name in row.loss_kwargs}
 
-    def weighted_sum(terms: PairTerms, *, beta: float | None = None, **settings: float) -> torch.Tensor:
+    def weighted_sum(terms: PairTerms, *, beta: float | None = None, **settings: float | str) -> torch.Tensor:
         losses = [weight * row.pair_losses(terms, beta=beta, **settings_of(row, settings)) for weight, row in summands]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
-    def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
+    def target_logit(terms: PairTerms, **settings: float | str) -> torch.Tensor:
         """Return the smallest target logit of all losses. Above it, some loss raises the winner's error."""
         logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
         zeros = torch.zeros_like(terms.winner_error)  # numbers become tensors without a copy from the CPU

@@ -116,6 +116,7 @@ def generate_model_card(
     tags: Sequence[str] = (),
     license: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    safeguard: str = "parameter",
     recommended: Mapping[str, Mapping[str, float]] | None = None,
     gallery: Sequence[tuple[str, str]] = (),
     **shown: Any,
@@ -128,6 +129,7 @@ def generate_model_card(
         dataset_name (`str`, *optional*): Hub id or folder of the preference data. Of a folder, the card shows only the
             last part.
         settings (`Mapping[str, Any]`, *optional*): Settings that differ from their defaults.
+        safeguard (`str`): Safeguard of the run: `"parameter"`, `"output"` or `"none"`.
         recommended (`Mapping[str, Mapping]`, *optional*): Recommended scales, from [`recommended_scales`].
         gallery (`Sequence[tuple[str, str]]`): Paths of images relative to the repository, with their prompts.
         shown: Further variables of the template: `trainer_name` and `verdict` (texts), `plots` (paths and titles),
@@ -165,6 +167,7 @@ def generate_model_card(
         loading_code=model.loading_code(hub_model_id or f"path/to/{name or 'tuned-model'}"),
         call=model.call(gallery[0][1] if gallery else PROMPT),
         settings=_public(settings or {}),
+        safeguard=safeguard,
         cell=_cell,
         **shown,
     )
@@ -179,6 +182,7 @@ class RunCard:
             `None` for full tuning.
         full_pipeline (`bool`): For full tuning, whether the run saves the whole pipeline, not only the denoiser.
         settings (`Mapping[str, Any]`): Settings that the user changed, from [`changed_settings`].
+        safeguard (`str`): Safeguard that the run has, whether the user chose it or not; `"none"` without losers.
         edits (`bool`): Whether the pipeline was trained to edit source images.
     """
 
@@ -193,12 +197,14 @@ class RunCard:
         base_options: Mapping[str, Any],
         trainer_name: str,
         settings: Mapping[str, Any],
+        safeguard: str,
         edits: bool = False,
     ):
         self._args = args
         self._lora = lora
         self._trainer_name = trainer_name
         self._settings = settings
+        self._safeguard = safeguard
         self._model = TunedModel(
             base_model=base_model,
             pipeline_class=type(family.pipeline).__name__,
@@ -247,6 +253,7 @@ class RunCard:
             self._model,
             trainer_name=self._trainer_name,
             settings=self._settings,
+            safeguard=self._safeguard,
             commit=hub_commit(str(base), **self._model.options) if _is_hub_id(base) else None,
             lora=self._lora,
             pairs=data,

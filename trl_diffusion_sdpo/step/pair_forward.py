@@ -153,7 +153,7 @@ class LossSettings:
     losers.
 
     Args:
-        loss_kwargs (`dict[str, float]`): Constants of the loss that the user set.
+        loss_kwargs (`dict`): Constants of the loss that the user set.
         timestep_weighting, snr_gamma: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
         loser_noise_range (`tuple[float, float]`, *optional*): Lowest and highest noise level at which losers train.
         mask_anchor (`float`): Weight of [`~trl_diffusion_sdpo.losses.mask_anchor`] in the loss.
@@ -165,7 +165,7 @@ class LossSettings:
     safeguard_mu: float
     safeguard_granularity: Granularity
     safeguard_eps: float
-    loss_kwargs: dict[str, float]
+    loss_kwargs: dict[str, float | str]
     timestep_weighting: TimestepWeighting
     snr_gamma: float | None
     loser_noise_range: tuple[float, float] | None
@@ -190,6 +190,7 @@ class PairForward:
             gradients in each noise bin (`winner_budget`).
         by_halves (`bool`): Whether a training step with `safeguard="parameter"` predicts winners and losers in two half
             batches, instead of all in one. It may change when the first step shows that it must.
+        average (`Callable`, *optional*): Averages a scalar over processes, for the losses of training that need it.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class PairForward:
         autocast: Callable[[], contextlib.AbstractContextManager],
         budget: BudgetController | None = None,
         by_halves: bool = False,
+        average: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.family = frozen.family
         self.by_halves = by_halves
@@ -212,6 +214,7 @@ class PairForward:
         self._inversion = None if noise.inversion is None else inversion_of(self.family.noise_process)
         self._frozen = frozen
         self._autocast = autocast
+        self._average = average
 
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
@@ -265,6 +268,8 @@ class PairForward:
             noise_bins=noise_bins,
             num_noise_bins=NOISE_BINS,
             scores=predictions.scores,
+            # An evaluation calls this function not equally often in all processes.
+            average=self._average if torch.is_grad_enabled() else None,
             **cast(dict[str, Any], settings.loss_kwargs),
         )
         return outputs if batch.region is None else self._with_mask_terms(outputs, predictions, batch.region)

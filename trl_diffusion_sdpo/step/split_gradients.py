@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.grad import conv2d_weight
 
 
 class SplitGradients:
@@ -180,8 +179,9 @@ def _weight_gradients(
 ) -> Sequence[torch.Tensor]:
     """Return the gradients of a module's trained weights, from rows of its input and of the gradient at its output."""
     if not _is_matrix(module):  # a normalization: its forward pass costs little
+        # On a CPU, torch 2.13 crashes in the gradients of a `nn.GroupNorm`'s weights alone from channels-last tensors.
         with torch.enable_grad():
-            return torch.autograd.grad(module.forward(saved), weights, at_output)
+            return torch.autograd.grad(module.forward(saved.contiguous()), weights, at_output.contiguous())
     gradients: dict[Any, torch.Tensor] = {}
     if isinstance(module, nn.Linear):
         columns = at_output.flatten(0, -2)
@@ -189,8 +189,10 @@ def _weight_gradients(
         if module.bias is not None:
             gradients[module.bias] = columns.sum(0)
     elif isinstance(module, nn.Conv2d):
-        how = (module.stride, module.padding, module.dilation, module.groups)
-        gradients[module.weight] = conv2d_weight(saved, module.weight.shape, at_output, *how)
+        # `torch.nn.grad.conv2d_weight` passes an expanded number in place of the weight, which is then copied whole.
+        unread = torch.empty_like(module.weight, dtype=at_output.dtype)
+        how = (module.stride, module.padding, module.dilation, False, [0, 0], module.groups, (False, True, False))
+        gradients[module.weight] = torch.ops.aten.convolution_backward(at_output, saved, unread, None, *how)[1]
         if module.bias is not None:
             gradients[module.bias] = at_output.sum((0, 2, 3))
     return [gradients[weight] for weight in weights]

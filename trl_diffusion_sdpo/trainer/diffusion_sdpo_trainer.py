@@ -318,6 +318,7 @@ class DiffusionSDPOTrainer(Trainer):
             base_options=loaded.options,
             trainer_name=self._name,
             settings=settings_of_user,
+            safeguard=str(args.safeguard) if self.loss_spec.uses_loser else "none",
             edits=train_dataset is not None and train_dataset.has_sources,
         )
         self.run_facts = RunFacts(
@@ -426,6 +427,7 @@ class DiffusionSDPOTrainer(Trainer):
             autocast=self.engine.autocast,
             budget=budget,
             by_halves=predicts_halves(args, denoiser, self.loss_spec),
+            average=self.engine.average,
         )
         self.winner_budget = None
         if budget is not None:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -20,12 +23,14 @@ import torch
 from local_hub import HubRepo
 from peft import LoraConfig
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+from tiny_clip import save_clip
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
 from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
 from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.tools.evaluation import evaluate
+from trl_diffusion_sdpo.tools.evaluation import evaluate, scoring
 from trl_diffusion_sdpo.tools.evaluation.evaluate import RESULTS_FILE
 from trl_diffusion_sdpo.tools.evaluation.images import (
     ImageSettings,
@@ -40,7 +45,7 @@ from trl_diffusion_sdpo.tools.evaluation.images import (
 from trl_diffusion_sdpo.tools.evaluation.prompts import PromptList
 from trl_diffusion_sdpo.tools.evaluation.report import _examples, _url_of_file
 from trl_diffusion_sdpo.tools.evaluation.results import Evaluation
-from trl_diffusion_sdpo.tools.rewards import FunctionScorer
+from trl_diffusion_sdpo.tools.rewards import FunctionScorer, load_scorer
 from trl_diffusion_sdpo.tools.rewards.vlm_server import VLMServerJudge
 from trl_diffusion_sdpo.utils.files import MANIFEST_FILE, write_atomically
 
@@ -400,7 +405,7 @@ def test_images_without_any_score_are_an_error_that_names_the_model(sd_folder, t
 
 
 def test_an_interrupted_scoring_continues_where_it_stopped(sd_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_SCORED_AT_ONCE", 5)
+    monkeypatch.setattr(scoring, "_SCORED_AT_ONCE", 5)
     scored = []
 
     def judge(images, prompts):
@@ -418,6 +423,71 @@ def test_an_interrupted_scoring_continues_where_it_stopped(sd_folder, tmp_path, 
     assert scored == [prompt for prompt in PROMPTS for _ in range(2)]  # each image once
     images = [Image.open(image_path(tmp_path, "base", index, seed)) for index in range(6) for seed in (0, 1)]
     assert scores.flatten().tolist() == pytest.approx(brightness(images, PROMPTS))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How often each PNG file is decoded. The report's thumbnails are left out."""
+    counts = Counter()
+    end = PngImageFile.load_end
+    monkeypatch.setattr(PngImageFile, "load_end", lambda self: (counts.update([str(self.filename)]), end(self))[1])
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
+    return counts
+
+
+def shrunk(images, prompts):
+    """A user's function that changes its images in place."""
+    for image in images:
+        image.thumbnail((2, 2))
+    return brightness(images, prompts)
+
+
+def unscored(evaluated, folder):
+    shutil.copytree(evaluated[0], folder)
+    shutil.rmtree(folder / "scores")
+    return folder
+
+
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[0, 1], [2, 3]]])
+def test_each_image_is_decoded_once_for_all_scorers_on_the_device(groups, evaluated, decoded, tmp_path, monkeypatch):
+    folder = unscored(evaluated, tmp_path / "copy")
+    clip = load_scorer("clip_score", model=save_clip(tmp_path / "clip"), batch_size=5)
+    judge = Judge("http://127.0.0.1:9/v1", "org/model")
+    scorers = [FunctionScorer("shrunk", shrunk), SCORERS[0], clip, judge]
+    monkeypatch.setattr(scoring, "fitting", lambda *_: groups)
+    monkeypatch.setattr(scoring, "_SCORED_AT_ONCE", 5)
+    evaluation = evaluate_models(evaluated[1], PROMPTS, scorers, folder, settings())
+    assert set(decoded.values()) == {len(groups)} and len(decoded) == 24
+    for model in ("base", "redder"):
+        images = [Image.open(image_path(folder, model, *row)) for row in itertools.product(range(6), (0, 1))]
+        prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+        for scorer, score in (("redness", redness), (clip.name, clip), ("shrunk", shrunk)):
+            parts = [torch.as_tensor(score(images[i : i + 5], prompts[i : i + 5])) for i in range(0, 12, 5)]
+            assert evaluation.scores[scorer][model].flatten().tolist() == torch.cat(parts).tolist()
+    assert judge.asked == 24 and evaluation.scores[judge.name]["redder"].tolist() == [[1.0, 1.0]] * 6
+    assert evaluation.looks == evaluated[2].looks
+    decoded.clear()
+    evaluate_models(evaluated[1], PROMPTS, scorers, folder, settings())
+    assert set(decoded.values()) == {1}  # for the looks alone
+    assert judge.asked == 24
+
+
+@pytest.mark.parametrize(("scorers", "most"), [(SCORERS, 4), ([Judge("http://127.0.0.1:9/v1", "org/model")], 8)])
+def test_few_decoded_images_are_held_at_once(scorers, most, evaluated, tmp_path, monkeypatch):
+    folder = unscored(evaluated, tmp_path / "copy")
+    images = []
+    read = scoring._read
+
+    def watched(path):
+        image = read(path)
+        images.append(weakref.ref(image))
+        assert sum(each() is not None for each in images) <= most
+        return image
+
+    monkeypatch.setattr(scoring, "_read", watched)
+    monkeypatch.setattr(scoring, "_SCORED_AT_ONCE", 4)
+    evaluate_models(evaluated[1], PROMPTS, scorers, folder, settings())
+    assert len(images) == 24
 
 
 def test_scores_of_deleted_images_are_not_used_again(sd_folder, redder_folder, tmp_path):

@@ -121,9 +121,9 @@ class Browser:
 
 
 @contextlib.contextmanager
-def served(folder: Path, browser: Browser) -> Iterator[PickSession]:
+def served(folder: Path, browser: Browser, *, thumbs: bool = False) -> Iterator[PickSession]:
     """Serve the pick page of a folder, and open it in the browser."""
-    session = PickSession(folder)
+    session = PickSession(folder, thumbs=thumbs)
     with PickServer(session, port=0) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         try:

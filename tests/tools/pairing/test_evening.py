@@ -76,3 +76,36 @@ def test_an_evening_with_the_oracles_taste(tmp_path, monkeypatch, capsys):
     assert main([*compare, *scorer, *shared]) == 0
     results = json.loads((tmp_path / "compared" / "results.json").read_text())
     assert results["comparisons"][0]["verdict"] != "worse" and (tmp_path / "compared" / "report.html").is_file()
+
+
+def test_an_evening_with_thumbs(tmp_path, monkeypatch, capsys):
+    """Like or dislike images by themselves, train on them, and get the verdict on held-out ones."""
+    monkeypatch.chdir(tmp_path)
+    texts = [caption.text for caption in captions()]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts[::3]))
+    base, folder = str(base_pipeline_folder()), tmp_path / "own"
+    generate = ["pairs", "generate", "--model", base, "--prompts", "prompts.txt", "--output_dir", "own"]
+    assert main([*generate, "--images", "3", "--call_kwargs", CALL, "--device", "cpu", "--batch_size", "16"]) == 0
+    with Browser(tmp_path / "profile") as browser:
+        for number, presses in enumerate((0, 10, 62)):
+            with served(folder, browser, thumbs=True) as session:
+                for _ in range(presses):
+                    name = session.codes[browser.run("state.pair.first")]
+                    image = Image.open(folder / name).convert("RGB")
+                    score = oracle_score([image], [session.images[name].prompt])[0]
+                    judged = browser.run("state.judged")
+                    browser.press("ArrowRight" if score > 0.5 else "ArrowLeft")
+                    browser.wait(f"!busy && state.judged === {judged + 1}")
+                look(browser, tmp_path / f"thumbs_{number}")
+        assert browser.run("state.pair") is None and browser.errors() == []
+    rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    assert len(rows) == 72 == len({row["image"] for row in rows})
+    train = ["train", "--dataset_name", "own/images.jsonl", "--model_name_or_path", base, "--use_peft"]
+    train += ["--loss_type", "tgo", "--beta", "40", "--output_dir", "tuned", "--max_steps", "40", "--test_size", "0.3"]
+    train += ["--learning_rate", "1e-3", "--resolution", "32", "--use_cpu", "--eval_strategy", "steps"]
+    train += ["--eval_steps", "20", "--random_flip", "false", "--per_device_train_batch_size", "16"]
+    assert main([*train, "--report_to", "none"]) == 0
+    verdict = json.loads((tmp_path / "tuned" / "verdict.json").read_text())
+    assert verdict
+    assert main(["pairs", "check", "own/images.jsonl", "--resolution", "32", "--sheet", "images.html"]) == 0
+    assert "liked and" in capsys.readouterr().out

@@ -39,6 +39,35 @@ def test_picks_become_pairs_that_training_reads(session, folder):
         assert len(prepared) == 2 and prepared.report.undecodable == 0
 
 
+def test_thumbs_become_single_images_that_training_reads(folder):
+    session = PickSession(folder, thumbs=True)
+    given = {}
+    for verdict in ("liked", "disliked", "unsure", "liked"):
+        shown = session.state("tab")["pair"]
+        assert shown["first"] == shown["second"]
+        given[session.codes[shown["first"]]] = verdict
+        session.pick("tab", shown["first"], shown["second"], verdict)
+    assert session.state("tab")["judged"] == 4 and session.state("tab")["left"] == 2
+    state = session.undo("tab", session.state("tab")["last"])
+    undone = session.codes[state["pair"]["first"]]
+    assert given.pop(undone) == "liked" and state["judged"] == 3
+    expected = {name: verdict == "liked" for name, verdict in given.items() if verdict != "unsure"}
+    rows = rows_of(folder / "images.jsonl")
+    assert {row["image"]: row["label"] for row in rows} == expected and not (folder / "pairs.jsonl").exists()
+    with pytest.raises(ValueError, match="known verdict"):
+        session.pick("tab", shown["first"], shown["second"], "first")
+    session.close()
+    prepared = prepare_dataset(load_pairs(folder), PairOptions(PairTransform(16)))
+    assert len(prepared) == 1 and prepared.report.format == "single_images"
+    pairs = PickSession(folder)  # the other page of the same folder
+    assert pairs.state("tab")["judged"] == 0 and pairs.state("tab")["last"] is None
+    judge(pairs, "first")
+    pairs.close()
+    session = PickSession(folder, thumbs=True)
+    assert session.state("tab")["judged"] == 3 and rows_of(folder / "images.jsonl") == rows
+    session.close()
+
+
 def test_a_killed_process_loses_no_pick(folder):
     process = os.fork()
     if process == 0:

@@ -19,6 +19,8 @@ from tiny_clip import save_clip
 from trl_diffusion_sdpo import load_pairs, score_pairs
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.tools.pairing import score
 from trl_diffusion_sdpo.tools.pairing.publish import push_pairs
 from trl_diffusion_sdpo.tools.rewards import FunctionScorer, load_scorer
 from trl_diffusion_sdpo.utils.score_scale import SCALE_COLUMN
@@ -166,6 +168,26 @@ def test_several_scorers_make_lists_and_the_first_decides(tmp_path):
     assert [scale["scorer"] for scale in row[SCALE_COLUMN]] == ["redness", "doubled"]
     described = json.loads((tmp_path / "scored" / "scores.json").read_text())
     assert [scorer["name"] for scorer in described["scorers"]] == ["redness", "doubled"]
+
+
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0], [1]]])
+def test_each_image_is_decoded_once_for_all_scorers_on_the_device(groups, tmp_path, monkeypatch):
+    files(tmp_path, 10, 20)
+    decoded = []
+    decode = ImageReader.decode
+    monkeypatch.setattr(ImageReader, "decode", lambda *args: decoded.append(1) or decode(*args))
+    monkeypatch.setattr(score, "fitting", lambda *_: groups)
+
+    def whitened(images, prompts):  # changes its images in place
+        for each in images:
+            each.paste((255, 255, 255), (0, 0, 16, 16))
+        return [0.0] * len(images)
+
+    rows = [{"prompt": "a", "chosen": str(tmp_path / "10.png"), "rejected": str(tmp_path / "20.png")}]
+    score_pairs(rows, [FunctionScorer("whitened", whitened), Redness()], tmp_path / "scored")
+    assert len(decoded) == 2 * len(groups)
+    (row,) = load_pairs(tmp_path / "scored")
+    assert (row["chosen_scores"], row["rejected_scores"]) == ([0.0, 10.0], [0.0, 20.0])
 
 
 def test_the_next_call_scores_only_what_is_new_and_forgets_a_torn_line(tmp_path):

@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_clip import save_clip
 
 from trl_diffusion_sdpo.tools.rewards import BatchedScorer, FunctionScorer, load_scorer, register_scorer, scorer_names
-from trl_diffusion_sdpo.tools.rewards.scorer import describe_scorer, on_device, saved_scores
+from trl_diffusion_sdpo.tools.rewards import scorer as scorer_module
+from trl_diffusion_sdpo.tools.rewards.scorer import describe_scorer, fitting, on_device, saved_scores
 
 IMAGES = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (10, 20, 30)]
 PROMPTS = ["a", "b", "c"]
@@ -142,6 +143,35 @@ def test_a_scorer_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
 def test_a_device_that_does_not_exist_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="`device`.*gpu"), on_device(FunctionScorer("red", redness), "gpu"):
         pass
+
+
+class Weighted(BatchedScorer):
+    """A scorer with a network of so many bytes, and another in a scorer of its own."""
+
+    def __init__(self, name, inner, outer=0):
+        super().__init__(name)
+        self.network = torch.nn.Linear(inner // 4, 1, bias=False)
+        self.network.register_buffer("mean", torch.zeros(2, dtype=torch.bfloat16))  # 4 bytes
+        if outer:
+            self.inside = Weighted("inside", outer)
+
+    def score_batch(self, images, prompts):
+        return torch.zeros(len(images))
+
+
+@pytest.mark.parametrize(
+    ("free", "groups"), [(1000, [[0, 1, 2, 3]]), (500, [[0, 1, 2], [3]]), (300, [[0], [1, 2], [3]])]
+)
+def test_scorers_share_a_device_while_their_weights_take_half_of_its_memory(free, groups, monkeypatch, caplog):
+    """They take 164, 84, nothing and 84 bytes."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(scorer_module, "_free_bytes", lambda device: free)
+    scorers = [Weighted("a", 80, 76), Weighted("b", 80), FunctionScorer("red", redness), Weighted("c", 80)]
+    assert [scorer.weight_bytes() for scorer in scorers if isinstance(scorer, Weighted)] == [164, 84, 84]
+    assert fitting(scorers, "meta") == groups
+    assert len(caplog.records) == (len(groups) > 1)
+    assert fitting(scorers, "cpu") == [[0, 1, 2, 3]]  # where they are already
+    assert fitting([], "meta") == [[]]
 
 
 def test_a_changed_function_is_another_scorer(tmp_path, monkeypatch):

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
-from tqdm.auto import tqdm
 
 from ...utils.disk import naming_the_disk
 from ...utils.errors import UserError
 from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
-from ...utils.processes import Peers
 from ...utils.statistics import agreement, holm, win_rate
 from ..rewards import Scorer
-from ..rewards.scorer import file_name, on_device, saved_scores
+from ..rewards.scorer import file_name
 from ..rewards.vlm_server import VLMServerJudge
 from .candidate import Candidate
-from .images import (
-    SCORES_FOLDER,
-    ImageSettings,
-    diversity,
-    generate_images,
-    image_path,
-    is_black,
-    peers_of_this_run,
-    saturation,
-)
+from .images import ImageSettings, generate_images, image_path, peers_of_this_run
 from .prompts import PromptList, distinct_prompts
 from .report import write_report
 from .results import Comparison, Evaluation
 from .scales import recommend_in_cards, sweeps_of
+from .scoring import score_images, write_json
 
 RESULTS_FILE = "results.json"
-_SCORED_AT_ONCE = 64  # images that a process scores before it saves their scores
 
 
 def evaluate_models(
@@ -59,8 +44,9 @@ def evaluate_models(
         candidates (`Sequence[Candidate]`): The models, the base model first.
         prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
             file.
-        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. One on the CPU moves to the device of
-            `settings` while it scores. Without scorers, the report only shows images.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. Those on the CPU move to the device of
+            `settings` while they score, as many at once as take half of its free memory. Without scorers, the report
+            only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
 
@@ -120,13 +106,7 @@ def _evaluate(
     # Score the images.
     models = [candidate.name for candidate in candidates]
     base, *others = models
-    looks = {name: _looks(folder, name, listed, settings, peers) for name in models}
-    scores = {}
-    for scorer in scorers:
-        with on_device(scorer, settings.device):
-            scores[scorer.name] = {
-                name: _scores(scorer, folder, name, base, listed, settings, peers) for name in models
-            }
+    scores, looks = score_images(scorers, folder, models, listed, settings, peers)
     for scorer_name, by_model in scores.items():
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
@@ -167,105 +147,6 @@ def _evaluate(
 def _check_names(kind: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
         raise UserError(f"All {kind} of an evaluation must have different names, got {list(names)}. Rename some.")
-
-
-def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
-    """Return mean saturation, mean diversity and number of black images of one model."""
-
-    def measure() -> list[tuple[float, float, int]]:
-        measured = []
-        for index in range(len(prompts.prompts))[peers.index :: peers.count]:
-            images = [_read(image_path(folder, name, index, seed)) for seed in settings.seeds]
-            seen = [image for image in images if not is_black(image)]
-            small = np.array([np.asarray(image.resize((64, 64))) for image in seen])
-            mean = saturation(small) if seen else math.nan
-            measured.append((mean, diversity(small), len(images) - len(seen)))
-        return measured
-
-    rows = _in_order(peers.gather_results(measure))
-    return {
-        "saturation": _mean([row[0] for row in rows]),
-        "diversity": _mean([row[1] for row in rows]),
-        "black": sum(row[2] for row in rows),
-    }
-
-
-def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Merge the results of all processes into one list. Of n processes, process i has computed the items i, i + n,
-    i + 2 n, and so on."""
-    items: list[Any] = [None] * sum(map(len, shares))
-    for index, share in enumerate(shares):
-        items[index :: len(shares)] = share
-    return items
-
-
-def _mean(values: Sequence[float]) -> float:
-    present = [value for value in values if math.isfinite(value)]
-    return float(np.mean(present)) if present else math.nan
-
-
-def _scores(
-    scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
-) -> np.ndarray:
-    """Return a model's scores, `(prompts, seeds)`, with NaN for images without one. Scores saved in the folder are not
-    computed again."""
-    models = [name]
-    if isinstance(scorer, VLMServerJudge):
-        if name == base:
-            return np.zeros((len(prompts.prompts), len(settings.seeds)))
-        models.append(base)
-    rows = [(index, (seed,) * len(models)) for index in range(len(prompts.prompts)) for seed in settings.seeds]
-    return score_rows(scorer, folder, models, rows, prompts, peers).reshape(-1, len(settings.seeds))
-
-
-def score_rows(
-    scorer: Scorer,
-    folder: Path,
-    models: Sequence[str],
-    rows: Sequence[tuple[int, tuple[int, ...]]],
-    prompts: PromptList,
-    peers: Peers,
-) -> np.ndarray:
-    """Return the scores of images, or a judge's verdicts on pairs of images. What the same scorer has saved in the
-    folder is not computed again. Call it in all processes.
-
-    Args:
-        models (`Sequence[str]`): Names of the models whose images are scored: one for a scorer, two for a judge.
-        rows (`Sequence[tuple[int, tuple[int, ...]]]`): Index of a prompt and the seed of each model's image, for each
-            row.
-
-    Returns:
-        `np.ndarray`: One score or verdict per row; NaN for rows without one.
-    """
-    path = peers.first(lambda: saved_scores(folder / SCORES_FOLDER, scorer) / f"{'+'.join(models)}.json")
-    scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
-
-    def score(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[float | None]:
-        """Return a scorer's scores of the model's images, or a judge's verdicts on images of the two models, `None` for
-        rows with a black image."""
-        images = [
-            [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
-            for index, seeds in rows
-        ]
-        scored: list[float | None] = [None] * len(rows)
-        visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
-        if visible:
-            texts = [prompts.prompts[rows[position][0]] for position in visible]
-            ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
-            if isinstance(scorer, VLMServerJudge):
-                values = scorer.compare(ours, others[0], texts)
-            else:
-                values = scorer(ours, texts)
-            for position, value in zip(visible, values.tolist(), strict=True):
-                scored[position] = value if math.isfinite(value) else None
-        return scored
-
-    at_once = _SCORED_AT_ONCE * peers.count
-    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
-        share = rows[start : start + at_once][peers.index :: peers.count]
-        scores += _in_order(peers.gather_results(partial(score, share)))
-        peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues from this file
-    return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
 
 
 def _notes(
@@ -315,7 +196,7 @@ def _write(folder: Path, evaluation: Evaluation, settings: ImageSettings) -> Non
         for seed in evaluation.seeds
     ]
     write_atomically(folder / MANIFEST_FILE, json_lines(manifest))
-    _write_json(
+    write_json(
         folder / RESULTS_FILE,
         {
             "models": evaluation.models,
@@ -344,15 +225,5 @@ def _write(folder: Path, evaluation: Evaluation, settings: ImageSettings) -> Non
     write_report(folder, evaluation)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-
-
 def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -15,9 +15,9 @@ from ...data.image_folders import SIDES
 from ...utils.errors import UserError
 from ...utils.score_scale import SCALE_COLUMN, ScoreScale
 from ..evaluation import Candidate, evaluate_models
-from ..evaluation.evaluate import score_rows
 from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
 from ..evaluation.prompts import PromptList, distinct_prompts
+from ..evaluation.scoring import score_rows
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
 from .manifest import ListedImage, write_manifest

@@ -1,5 +1,5 @@
 """Choose which pair of images a pick page shows next: to rate the images of each prompt, or to compare models
-blindly."""
+blindly. Or choose which image it shows by itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class RankOrder:
     def _rate(self, prompt: str, names: list[str], picks: Iterable[Pick]) -> None:
         present = set(names)
         compared: list[tuple[str, str, float | None]] = [
-            (pick.first, pick.second, SHARES[pick.verdict]) for pick in picks if pick.pair <= present
+            (pick.first, pick.second, SHARES[pick.verdict])
+            for pick in picks
+            if pick.pair <= present and not pick.is_thumb
         ]
         compared += [
             (better, worse, 1.0)
@@ -148,6 +150,27 @@ def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, n
         if np.abs(step).max(initial=0) < 1e-6:  # the next step would be about the square of this one
             break
     return ratings, np.linalg.inv(precision)
+
+
+class SingleOrder:
+    """Order of images that are judged by themselves, at random. Picks do not change it."""
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._names = sorted(images)
+        random.Random(0).shuffle(self._names)
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Do nothing: picks do not change the order."""
+
+    def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
+        """Iterate over the images without a verdict and not in `gone`, each twice, as a pair."""
+        picks = self._log.picks
+        return ((name, name) for name in self._names if name not in gone and frozenset((name,)) not in picks)
+
+    def left(self, gone: set[str]) -> int:
+        """Return the number of images not judged yet."""
+        return sum(1 for _ in self.offers(gone))
 
 
 class BlindOrder:

@@ -1,7 +1,7 @@
-"""Save a person's picks in a log that survives a crash, and write the pairs that training reads.
+"""Save a person's picks in a log that survives a crash, and write the pairs or single images that training reads.
 
-`picks.jsonl` gets a line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl` is
-written again after each pick.
+`picks.jsonl` gets a line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl`, or
+`images.jsonl` of images that are judged by themselves, is written again after each pick.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 
 PICKS_FILE = "picks.jsonl"
 PAIRS_FILE = "pairs.jsonl"
+IMAGES_FILE = "images.jsonl"
 # Verdict -> points for the first image, of the one point that both share. Skipped pairs give none.
 SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
+THUMBS = {"liked": True, "disliked": False, "unsure": None}  # verdict on an image by itself -> its label
 
 
 class ConflictError(UserError):
@@ -35,7 +37,8 @@ class ConflictError(UserError):
 
 @dataclass(frozen=True)
 class Pick:
-    """A person's verdict on a pair of images. `first` was shown on the left. `verdict` is a key of `SHARES`."""
+    """A person's verdict on a pair of images. `first` was shown on the left, and `verdict` is a key of `SHARES`. Of an
+    image by itself, `second` is the same, and `verdict` is a key of `THUMBS`."""
 
     number: int
     first: str
@@ -45,6 +48,11 @@ class Pick:
     @property
     def pair(self) -> frozenset[str]:
         return frozenset((self.first, self.second))
+
+    @property
+    def is_thumb(self) -> bool:
+        """Whether the verdict is on one image."""
+        return self.verdict in THUMBS
 
 
 class PickLog:
@@ -100,7 +108,7 @@ class PickLog:
         for pick in self._by_number.values():
             if pick.first == "" or pick.second == "":
                 self.left_out["of an image whose file now shows another picture"] += 1
-            elif pick.first == pick.second:
+            elif pick.first == pick.second and not pick.is_thumb:
                 self.left_out["of two copies of one image"] += 1
             else:
                 self.picks.pop(pick.pair, None)  # the newest pick of two images counts
@@ -108,9 +116,9 @@ class PickLog:
 
     @property
     def verdicts(self) -> dict[str, int]:
-        """Number of picks with each verdict."""
+        """Number of picks with each verdict. Those on single images are listed if there are any."""
         counts = Counter(pick.verdict for pick in self.picks.values())
-        return {verdict: counts[verdict] for verdict in SHARES}
+        return {verdict: counts[verdict] for verdict in (*SHARES, *THUMBS) if verdict in SHARES or counts[verdict]}
 
     @property
     def last(self) -> Pick | None:
@@ -120,7 +128,7 @@ class PickLog:
     def add(self, first: str, second: str, verdict: str) -> None:
         """Append a pick, and wait until it is on the disk. If the disk is full, the log does not change."""
         if frozenset((first, second)) in self.picks:
-            raise ConflictError("This pair has already been judged, perhaps in another tab.")
+            raise ConflictError("This has already been judged, perhaps in another tab.")
         entry: dict[str, Any] = {"pick": self._number + 1, "first": first, "second": second, "verdict": verdict}
         contents = [image and image.facts.get(CONTENT) for image in map(self._images.get, (first, second))]
         self._append({**entry, "contents": contents} if any(contents) else entry)
@@ -152,7 +160,7 @@ class PickLog:
             first = self._name_now(entry["first"], content)
             second = self._name_now(entry["second"], other)
             pick = Pick(int(entry["pick"]), first, second, entry["verdict"])
-            if pick.verdict not in SHARES:
+            if pick.verdict not in (*SHARES, *THUMBS):
                 raise UserError(f"verdict {pick.verdict!r}")
             self._by_number[pick.number] = pick
             self._number = pick.number
@@ -241,6 +249,35 @@ class PairsFile:
                 row[f"rejected_{name}"] = rejected.facts[name]
             self._lines[key] = json_lines([row])
         return self._lines[key]
+
+
+class ImagesFile:
+    """The file `images.jsonl` of a folder, with a line for each image that was liked or disliked by itself."""
+
+    rated: tuple[()] = ()  # images are not compared
+
+    def __init__(self, folder: Path, images: Mapping[str, ListedImage]) -> None:
+        self._folder = folder
+        self._images = images
+
+    def write(self, log: PickLog, gone: Collection[str] = ()) -> tuple[int, Counter[str]]:
+        """Write the file, as [`PairsFile.write`]."""
+        left_out = Counter(log.left_out)
+        rows = []
+        for pick in log.picks.values():
+            label = THUMBS.get(pick.verdict)
+            image = self._images.get(pick.first)
+            if label is None:
+                continue
+            if image is None:
+                left_out["of an image that the manifest no longer lists"] += 1
+            elif image.name in gone or not (self._folder / image.name).is_file():
+                left_out["of an image whose file is missing"] += 1
+            else:
+                prompt = log.prompts.get(image.prompt, image.prompt)
+                rows.append({"prompt": prompt, "image": image.name, "label": label})
+        write_atomically(self._folder / IMAGES_FILE, json_lines(rows))
+        return len(rows), left_out
 
 
 def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:

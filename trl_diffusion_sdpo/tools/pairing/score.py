@@ -36,7 +36,7 @@ from ...utils.identity import write_description
 from ...utils.processes import usable_cores
 from ...utils.score_scale import SCALE_COLUMN, ScoreScale
 from ..rewards import Scorer
-from ..rewards.scorer import describe_scorer, on_device, saved_scores, scale_of
+from ..rewards.scorer import describe_scorer, fitting, on_device, saved_scores, scale_of
 from ..rewards.vlm_server import VLMServerJudge
 from .manifest import read_json_lines
 from .publish import CARD_FILE
@@ -74,7 +74,8 @@ def score_pairs(
         scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
         output_dir (`str` or `Path`): A new folder, or one that it has written before.
         dataset_format (`str`, *optional*): Format of the columns. By default, they determine it.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers on the CPU.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers on the CPU. As many at
+            once move there as take half of its free memory.
 
     Returns:
         `list[str]`: Lines of a report: which pairs were left out and why, and how often each scorer prefers the chosen
@@ -111,16 +112,23 @@ def score_pairs(
     pairs = prepare_dataset(dataset, reading, name="pairs")
     assert isinstance(pairs, PreferenceDataset)
     source, origins = pairs.source, pairs.positions
+    if source.single_images:
+        raise UserError(
+            "`pairs score` scores both images of pairs, and these data have single images, liked or disliked. Pass the "
+            "images without the column `label` or `score` to a scorer of `load_scorer`, and write its numbers into a "
+            "column `score`."
+        )
     described = {"scorers": [describe_scorer(scorer) for scorer in scorers]}
     write_description(folder / SUMMARY_FILE, described)
     places, numbers = np.unique(origins.reshape(-1, 2), axis=0, return_inverse=True)
     images = [tuple(place) for place in places.tolist()]
     numbers = numbers.reshape(-1, 2)  # of the images of each pair
     saved = [_SavedScores(folder / SCORES_FOLDER, scorer) for scorer in scorers]
-    with contextlib.ExitStack() as stack:
-        for scorer in scorers:
-            stack.enter_context(on_device(scorer, device))
-        keys, unreadable = _score_images(source, images, pairs.reader, saved)
+    for group in fitting(scorers, device):
+        with contextlib.ExitStack() as stack:
+            for number in group:
+                stack.enter_context(on_device(scorers[number], device))
+            keys, unreadable = _score_images(source, images, pairs.reader, [saved[number] for number in group])
     values = np.array([[each.scores.get(keys.get(image, ""), np.nan) for each in saved] for image in images])  # (N, K)
     scores = values[numbers]  # (P, 2, K)
 
@@ -177,7 +185,8 @@ class _SavedScores:
         new = {key: number for number, key in enumerate(keys) if key not in self.scores}
         if not new:
             return
-        scored = self._scorer([images[i] for i in new.values()], [prompts[i] for i in new.values()])
+        # Copies, because other scorers get these images too, and a user's function may change them.
+        scored = self._scorer([images[i].copy() for i in new.values()], [prompts[i] for i in new.values()])
         found = {key: score for key, score in zip(new, scored.tolist(), strict=True) if np.isfinite(score)}
         with open(self._file, "ab") as file:
             file.write(json_lines({"image": key, "score": score} for key, score in found.items()))
@@ -187,8 +196,8 @@ class _SavedScores:
 def _score_images(
     source: PairSource, images: Sequence[tuple[int, int]], reader: ImageReader, saved: Sequence[_SavedScores]
 ) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int], str]]:
-    """Score images. Return a hash of pixels and prompt for each readable one, and a reason for each other one. A row
-    and a number within it identify an image."""
+    """Score images, each decoded once for all scorers. Return a hash of pixels and prompt for each readable one, and a
+    reason for each other one. A row and a number within it identify an image."""
     keys = {}
     unreadable = {}
     with ThreadPoolExecutor(usable_cores()) as pool, tqdm(total=len(images), desc="Scoring images") as progress:

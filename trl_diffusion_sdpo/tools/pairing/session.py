@@ -15,8 +15,8 @@ from ...utils.errors import UserError
 from ...utils.files import write_atomically
 from ...utils.locks import FolderLock
 from .manifest import is_inside, read_manifest
-from .orders import BlindOrder, RankOrder
-from .picks import PAIRS_FILE, SHARES, PairsFile, PickLog
+from .orders import BlindOrder, RankOrder, SingleOrder
+from .picks import IMAGES_FILE, PAIRS_FILE, SHARES, THUMBS, ImagesFile, PairsFile, PickLog
 
 HUMAN_FILE = "human.json"
 LOCK_FILE = ".picks.lock"
@@ -28,9 +28,12 @@ class PickSession:
     If the column `model` of the manifest names several models, the page compares them without showing their names.
     Otherwise, picks rate the images of each prompt. The page names images by random codes, as file names would reveal
     the model.
+
+    Args:
+        thumbs (`bool`): Whether the page shows one image at a time, to like or dislike.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, thumbs: bool = False) -> None:
         self.folder = folder
         listed, self.left_out = read_manifest(folder)
         self.images = {image.name: image for image in listed}
@@ -44,16 +47,19 @@ class PickSession:
                 "that command, or end it first."
             ) from None
         self.log = PickLog(folder, self.images)
-        self._file = PairsFile(folder, self.images)
+        self.thumbs = thumbs
+        self.file_name = IMAGES_FILE if thumbs else PAIRS_FILE
+        self._file = (ImagesFile if thumbs else PairsFile)(folder, self.images)
         models = {image.facts.get("model") for image in listed}
-        self.is_blind = len(models) > 1 and None not in models
-        self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
+        self.is_blind = not thumbs and len(models) > 1 and None not in models
+        kind = SingleOrder if thumbs else BlindOrder if self.is_blind else RankOrder
+        self.order: SingleOrder | RankOrder | BlindOrder = kind(self.images, self.log)
         if isinstance(self.order, BlindOrder) and self.order.alone:
             self.left_out["without an image of the same prompt and seed to compare"] = self.order.alone
         self.gone: set[str] = set()  # images whose files were deleted while the page was open
-        self.pairs = 0  # number of pairs in `pairs.jsonl`
+        self.pairs = 0  # number of rows in the file for training
         self.unused: Counter[str] = Counter()  # picks without a pair because of their images, by reason
-        self.problem = ""  # error message if `pairs.jsonl` could not be written
+        self.problem = ""  # error message if this file could not be written
         self._shown: dict[str, frozenset[str]] = {}  # tab -> its pair
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
         self._code_of = {name: code for code, name in self.codes.items()}
@@ -65,7 +71,7 @@ class PickSession:
                 f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
         # Pairs of `pairs generate`, whose manifests have no ratings, are replaced only after the first pick.
-        if self.log.picks or self._file.rated or not (folder / PAIRS_FILE).is_file():
+        if self.log.picks or self._file.rated or not (folder / self.file_name).is_file():
             self._write_pairs()
 
     def close(self) -> None:
@@ -77,14 +83,17 @@ class PickSession:
         """Return the pair that a tab shows next (`wanted`, if set), and the progress."""
         with self._lock:
             last = self.log.last
+            last = last if last is None or last.is_thumb == self.thumbs else None
             return {
                 "pair": self._next(tab, wanted),
-                "judged": len(self.log.picks),
+                "judged": sum(pick.is_thumb == self.thumbs for pick in self.log.picks.values()),
                 "left": self.order.left(self.gone),
                 "verdicts": self.log.verdicts,
                 "pairs": self.pairs,
                 "last": None if last is None else last.number,
                 "blind": self.is_blind,
+                "thumbs": self.thumbs,
+                "file": self.file_name,
                 "gone": len(self.gone),
                 "left_out": dict(self.left_out),
                 "unused": dict(self.unused),
@@ -96,8 +105,12 @@ class PickSession:
         """Save a verdict on the two images with these codes, and return the new state with the next pair."""
         with self._lock:
             names = [self.codes.get(code, "") for code in (first, second)]
-            is_pair = "" not in names and names[0] != names[1]
-            if verdict not in SHARES or not is_pair or len({self.images[name].prompt for name in names}) > 1:
+            is_shown = "" not in names and (names[0] == names[1]) == self.thumbs
+            if (
+                verdict not in (THUMBS if self.thumbs else SHARES)
+                or not is_shown
+                or len({self.images[name].prompt for name in names}) > 1
+            ):
                 raise UserError("A pick needs two images of one prompt and a known verdict. Reload the page.")
             self.log.add(names[0], names[1], verdict)
             return self._changed(tab, names[0])
@@ -158,7 +171,9 @@ class PickSession:
             self.pairs, self.unused = self._file.write(self.log, self.gone)
             self.problem = ""
         except OSError as error:  # the picks are safe in `picks.jsonl`
-            self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
+            self.problem = (
+                f"{self.file_name} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
+            )
 
     def _offered(self) -> tuple[str, str] | None:
         """Return the best offer that no other tab shows, or else the best offer."""
@@ -186,7 +201,7 @@ class PickSession:
                 self.order.update(self.images[name].prompt, self.gone)
         self._shown[tab] = frozenset(pair)
         # In random order, because people may prefer one side.
-        left, right = pair if secrets.randbelow(2) else pair[::-1]
+        left, right = (pair[0], pair[-1]) if secrets.randbelow(2) else (pair[-1], pair[0])
         prompt = self.images[left].prompt
         return {
             "first": self._code_of[left],

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import inspect
 import logging
+import math
 import os
 import pickle
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -109,9 +110,19 @@ class BatchedScorer(KnownScorer, ABC):
     def to(self, device: str | torch.device) -> None:
         """Move the scorer's networks to a device."""
         self.device = torch.device(device)
-        for part in vars(self).values():
-            if isinstance(part, torch.nn.Module | BatchedScorer):
-                part.to(self.device)
+        for part in self._parts():
+            part.to(self.device)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of the scorer's networks."""
+        total = 0
+        for part in self._parts():
+            tensors = () if isinstance(part, BatchedScorer) else (*part.parameters(), *part.buffers())
+            total += part.weight_bytes() if isinstance(part, BatchedScorer) else sum(t.nbytes for t in tensors)
+        return total
+
+    def _parts(self) -> list[Any]:
+        return [part for part in vars(self).values() if isinstance(part, torch.nn.Module | BatchedScorer)]
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         if len(images) != len(prompts):
@@ -153,7 +164,7 @@ def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
         `ValueError`: If torch cannot use the device on this machine.
     """
     device = usable_device(device)
-    if not isinstance(scorer, BatchedScorer) or scorer.device.type != "cpu" or device.type == "cpu":
+    if not _moves(scorer, device):
         yield
         return
     try:
@@ -162,6 +173,45 @@ def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
     finally:
         scorer.to("cpu")
         clear_device_cache()
+
+
+def fitting(scorers: Sequence[Scorer], device: str | torch.device) -> list[list[int]]:
+    """Return the numbers of the scorers in groups, in their order. The scorers of a group can be on a device together.
+
+    What [`on_device`] moves there for a group takes at most half of the free memory, unless it is one scorer; the rest
+    is for activations. Without scorers, there is one empty group.
+    """
+    device = usable_device(device)
+    space = _free_bytes(device) / 2
+    groups: list[list[int]] = [[]]
+    taken = 0
+    for number, scorer in enumerate(scorers):
+        size = scorer.weight_bytes() if _moves(scorer, device) else 0
+        if groups[-1] and taken + size > space:
+            groups.append([])
+            taken = 0
+        groups[-1].append(number)
+        taken += size
+    if len(groups) > 1:
+        logger.info(
+            "The scorers do not fit into the memory of %s together, so images are decoded once for each of %d groups: "
+            "%s.",
+            device,
+            len(groups),
+            "; ".join(", ".join(scorers[number].name for number in group) for group in groups),
+        )
+    return groups
+
+
+def _moves(scorer: Scorer, device: torch.device) -> TypeGuard[BatchedScorer]:
+    return isinstance(scorer, BatchedScorer) and scorer.device.type == "cpu" and device.type != "cpu"
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type not in ("cuda", "xpu"):  # others share the memory of the CPU, where the scorers are already
+        return math.inf
+    clear_device_cache()
+    return torch.get_device_module(device).mem_get_info(device)[0]
 
 
 def usable_device(device: str | torch.device) -> torch.device:

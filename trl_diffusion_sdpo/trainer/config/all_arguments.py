@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from transformers import TrainingArguments
 
 from ...data.images import MIN_SIDE
+from ...losses import NAMED_SETTINGS
 from ...utils.errors import UserError
 from ...utils.hints import CHOICE_ALIASES
 from ...utils.renamed import refuse_renamed
@@ -101,17 +102,17 @@ def settled_mapping(name: str, value: Any) -> dict[str, Any]:
     return {key: _number_or_name(item) if isinstance(item, str) else item for key, item in (value or {}).items()}
 
 
-def settled_loss_kwargs(value: Any) -> dict[str, float]:
-    """Return the constants in `loss_kwargs` as numbers.
+def settled_loss_kwargs(value: Any) -> dict[str, float | str]:
+    """Return the constants in `loss_kwargs`, as numbers but for those of `NAMED_SETTINGS`.
 
     Raises:
-        `ValueError`: If `value` is no mapping to numbers.
+        `ValueError`: If `value` is no mapping to such values.
     """
     numbers = settled_mapping("loss_kwargs", value)
     if isinstance(numbers.get("smpo_score_scale"), str):
         numbers["smpo_score_scale"] = score_scale(numbers["smpo_score_scale"])
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if name not in NAMED_SETTINGS and (isinstance(number, bool) or not isinstance(number, (int, float))):
             raise UserError(
                 f"`{name}` of `loss_kwargs` must be a number, got {number!r}. Set a number, or leave `{name}` out."
             )

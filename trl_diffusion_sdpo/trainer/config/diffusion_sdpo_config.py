@@ -122,7 +122,7 @@ class DiffusionSDPOConfig(AllArguments):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self.loss_type = settled_loss_type(self.loss_type)
-        self.loss_kwargs: dict[str, float] = settled_loss_kwargs(self.loss_kwargs)
+        self.loss_kwargs: dict[str, float | str] = settled_loss_kwargs(self.loss_kwargs)
         self.weighting_kwargs: dict[str, Any] = settled_mapping("weighting_kwargs", self.weighting_kwargs)
         self.safeguard_kwargs: dict[str, Any] = settled_mapping("safeguard_kwargs", self.safeguard_kwargs)
         self.inversion_kwargs: dict[str, Any] = settled_mapping("inversion_kwargs", self.inversion_kwargs)

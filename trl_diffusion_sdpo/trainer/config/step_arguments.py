@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from ...families.noise import TimestepWeighting, WeightingScheme
-from ...losses import LOSSES, LossSpec, LossType, Safeguard, SafeguardSettings, loss_spec
+from ...losses import KTO_UTILITIES, LOSSES, LossSpec, LossType, Safeguard, SafeguardSettings, loss_spec
 from .declaring import RESUME, Choices, Range, documented, from_kwargs, naming
 
 NoiseSource = Literal["shared", "inversion", "generated"]
@@ -73,6 +73,7 @@ class NoiseArguments:
 @documented
 @naming(
     ALL_LOSSES=LOSSES,
+    KTO_UTILITY_NAMES=KTO_UTILITIES,
     LOSSES_OF_LOGITS=[name for name, row in LOSSES.items() if row.reads_logit_only],
     LOSSES_WITH_ERROR_ANCHOR=[name for name, row in LOSSES.items() if row.anchor == "error"],
 )
@@ -84,7 +85,8 @@ class LossArguments:
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             Name of the loss, one of ALL_LOSSES. `sigmoid` is Diffusion-DPO, `robust` is DPO for wrong labels,
-            `apo_zero` and `apo_down` are Anchored Preference Optimization. Several losses are summed: write `sigmoid
+            `apo_zero` and `apo_down` are Anchored Preference Optimization, and `tgo` and `kto` read each image by
+            itself, so that images may be liked or disliked without a pair. Several losses are summed: write `sigmoid
             sft` on the command line and `[sigmoid, sft]` in YAML.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses in `loss_type`, in the same order. If unset, all are 1.
@@ -133,7 +135,9 @@ class LossArguments:
             a rise of the winner's error. `linear_eta` (default 1e-3) is the lowest weight that `linear` gives to a
             pair. `smpo_coefficient` (default 10) is a constant of `smpo`. `smpo_score_scale` (default 1) is the number
             by which `smpo` divides score differences; `"pickscore"` means 0.166581, the published value for PickScore's
-            cosines. Leave it out for scores from `pairs score`, which say their scale.
+            cosines. Leave it out for scores from `pairs score`, which say their scale. `kto_utility` (default
+            `"sigmoid"`) is how `kto` values an improvement: KTO_UTILITY_NAMES. `kto_loser_weight` (default 1) weighs
+            the losers of `kto`; 0.25 is published.
     """
 
     loss_type: Annotated[list[str] | str, Choices(get_args(LossType)), RESUME] = "sigmoid"

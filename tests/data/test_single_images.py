@@ -1,0 +1,200 @@
+"""Images that are liked or disliked by themselves: which is which, how they are matched, and what is refused."""
+
+import io
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pairs import JUNK, png, prepare
+
+from trl_diffusion_sdpo import load_pairs
+from trl_diffusion_sdpo.data import PairMixture
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
+
+
+def judged(values, column="label", bad=(), **columns):
+    """Row i has the prompt `p i`, an image of the grey level i + 1 and a verdict."""
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": f"p {i}", "image": JUNK if i in bad else png(i + 1), column: value, **columns}
+            for i, value in enumerate(values)
+        ]
+    )
+
+
+def png_of(values):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def matched(prepared):
+    """(row of the liked image, row of the disliked one) of each item, read off their pixels, and checked by prompts."""
+    found = []
+    for index in range(len(prepared)):
+        item = prepared[index]
+        liked, disliked = (level - 1 for level in item["pixel_values"][:, 0, 0, 0].tolist())
+        assert (item["prompt"], item["loser_prompt"]) == (f"p {liked}", f"p {disliked}")
+        found.append((liked, disliked))
+    return found
+
+
+def check(prepared, liked, disliked):
+    """Each image is matched, with one of the other kind, and those of a kind equally often or once more."""
+    pairs = matched(prepared)
+    assert len(pairs) == max(len(liked), len(disliked))
+    for side, rows in zip(zip(*pairs, strict=True), (liked, disliked), strict=True):
+        counts = Counter(side)
+        assert set(counts) == set(rows) and max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("values", [[1, 0, 1, 0, 0], [1, -1, 1, -1, -1], ["up", "Down", "UP ", "down", "no"]])
+def test_labels_are_numbers_or_words(values):
+    check(prepare(judged(values)), [0, 2], [1, 3, 4])
+    check(prepare(judged(values).to_list()), [0, 2], [1, 3, 4])
+    check(prepare(judged(values), swap_labels=True), [1, 3, 4], [0, 2])
+
+
+def test_labels_are_names_of_classes_such_as_folders():
+    rows = judged([1, 0, 0]).cast_column("label", datasets.ClassLabel(names=["up", "down"]))
+    check(prepare(rows), [1, 2], [0])
+
+
+@pytest.mark.parametrize(
+    ("scores", "liked"),
+    [
+        ([0.3, 0.1, 0.2, 0.4, 0.5], [0, 3, 4]),  # the median itself is liked
+        ([1, 0, 0, 0, 0], [0]),  # unless nothing is below it
+        ([4, 4, 5, 3, 4], [0, 1, 2, 4]),
+    ],
+)
+def test_scores_are_compared_with_their_median(scores, liked):
+    check(prepare(judged(scores, "score")), liked, [row for row in range(5) if row not in liked])
+
+
+def test_the_report_says_how_images_were_matched_and_which_are_both():
+    rows = judged(["up", "up", "up", "down", None, "gut"])
+    prepared = prepare(rows.select([0, 1, 2, 3, 4, 5]))
+    assert prepared.report.bad_labels == 2 and "'gut'" in str(prepared.report)
+    assert "3 liked and 1 disliked images are matched at random; each disliked one comes 3 times" in str(
+        prepared.report
+    )
+    assert "are liked and disliked" not in str(prepared.report)
+    both = datasets.concatenate_datasets([rows.select([0, 1]), rows.select([0, 3]).remove_columns("label")])
+    both = both.remove_columns("label").add_column("label", ["up", "up", "down", "down"])
+    assert "1 images are liked and disliked, with the same prompt" in str(prepare(both).report)
+
+
+def test_the_matching_is_the_same_at_each_start_and_in_each_run():
+    rows = judged([i % 3 > 0 for i in range(40)])
+    first, other = (prepare(rows, seed=seed) for seed in (1, 2))
+    assert matched(first) == matched(other) and first.fingerprint() == other.fingerprint()
+    assert (
+        first.fingerprint()["prompts"] != prepare(rows.map(lambda row: {"prompt": row["prompt"] + "!"})).fingerprint()
+    )
+
+
+def test_an_image_keeps_its_mask():
+    """That of an odd row is white everywhere, that of an even one in a corner only."""
+    corner = np.zeros((16, 16), np.uint8)
+    corner[:8, :8] = 255
+    rows = judged([1, 0, 0, 1]).add_column("mask", [png_of(corner), png(255)] * 2)
+    for item in map(prepare(rows).__getitem__, range(2)):
+        levels = [level - 1 for level in item["pixel_values"][:, 0, 0, 0].tolist()]
+        assert [int(mask.min()) for mask in item["masks"]] == [row % 2 for row in levels]
+
+
+def test_single_images_and_pairs_train_together(make_pairs):
+    prepared = prepare(
+        PairMixture([judged([1, 0, 0]), make_pairs(3).remove_columns(["chosen_score", "rejected_score"])])
+    )
+    prompts = {(item["prompt"], item["loser_prompt"]) for item in prepared}
+    assert prompts >= {(f"prompt {i}",) * 2 for i in range(3)} and len(prepared) == 5
+
+
+def test_a_bad_image_is_counted_once_and_takes_no_good_one_with_it():
+    prepared = prepare(judged([1, 1, 0, 0, 0, 0, 0], bad=[1, 4]), verify_images="all")
+    assert prepared.report.undecodable == 2 and "row 1: image" in str(prepared.report)
+    check(prepared, [0], [2, 3, 5, 6])
+    rows = judged([1, 0, 1, 0]).to_list()
+    rows[2]["image"] = png(3, (12, 9))
+    prepared = prepare(rows, min_side=10)
+    assert prepared.report.too_small == 1 and "9 pixels along the shorter side" in str(prepared.report)
+    check(prepared, [0], [1, 3])
+
+
+def test_two_images_of_one_bucket_are_matched():
+    """Except where a bucket has images of one kind only."""
+    sizes = [(32, 16), (16, 32)] * 6 + [(16, 16)]
+    rows = [{"prompt": "p", "image": png(i + 1, size), "label": i % 4 < 2} for i, size in enumerate(sizes)]
+    buckets = AspectRatioBuckets((32, 32), step=8)
+    prepared = prepare(rows, resolution=32, buckets=buckets)
+    assert len(prepared) == 7
+    alone = 0
+    for pair, (liked, _, disliked, _) in enumerate(prepared.positions.tolist()):
+        alone += 12 in (liked, disliked)
+        assert 12 in (liked, disliked) or sizes[liked] == sizes[disliked]
+        height, width = prepared.target_size(pair)
+        assert 12 in (liked, disliked) or (height > width) == (sizes[liked][1] > sizes[liked][0])
+    assert alone == 1
+    assert {row for pair in prepared.positions.tolist() for row in pair[::2]} == set(range(13))
+
+
+def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():
+    prepared = prepare(judged(["cat", "dog", "cat", "dog"]), losers="permute")
+    assert prepared.report.format == "captioned" and len(prepared) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (judged([1, 1]), {}, "two kinds.*All 2 images of the train data are liked.*from-images"),
+        (judged([0, 0]), {}, "All 2 images of the train data are disliked"),
+        (judged([3, 3], "score"), {}, "All 2 images of the train data have the score 3"),
+        (judged(["chat", "chien"]), {}, "No pair is left.*'chat'"),
+        (judged([float("nan"), float("nan")], "score"), {}, "No pair is left.*must be finite"),
+        (judged([1, 0], source_image=png()), {}, "cannot have a `source` column"),
+        (judged([1, 0]).to_iterable_dataset(), {}, "are a stream"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(rows, settings, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        prepare(rows, **settings)
+
+
+def test_folders_of_liked_and_disliked_images(tmp_path, caplog):
+    for name in ("liked/a", "liked/b", "liked/c", "disliked/a", "disliked/d"):
+        file = tmp_path / f"{name}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(png(ord(name[-1])))
+        if name != "liked/c":
+            file.with_suffix(".txt").write_text(f"caption of {name}")
+    prepared = prepare(load_pairs(tmp_path))
+    assert "1 without a caption: liked/c.png" in caplog.text
+    prompts = {(item["prompt"], item["loser_prompt"]) for item in prepared}
+    assert {prompt for prompt, _ in prompts} == {"caption of liked/a", "caption of liked/b"}
+    assert {prompt for _, prompt in prompts} == {"caption of disliked/a", "caption of disliked/d"}
+    (tmp_path / "chosen").mkdir()
+    with pytest.raises(ValueError, match="It has only chosen, liked, disliked"):
+        load_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("loss_type", ["tgo", "kto"])
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_single_images_train_cached_as_live(make_trainer, loss_type, safeguard):
+    """With several flips, prompts of both halves, and errors of the reference computed first."""
+    rows = judged([i % 3 > 0 for i in range(12)])
+    weights = []
+    for settings in ({}, {"precompute_latents": True}, {"precompute_ref_errors": True, "precompute_epochs": 1}):
+        trainer = make_trainer(
+            train=rows, eval_dataset=rows, loss_type=loss_type, safeguard=safeguard, seed=3, max_steps=2, **settings
+        )
+        assert trainer.evaluate()["eval_loss"] == pytest.approx({"tgo": np.log(2), "kto": 0.5}[loss_type], rel=1e-6)
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.denoiser.parameters()]))
+        accuracy = trainer.evaluate()["eval_rewards/accuracies"]
+        assert 0 <= accuracy <= 1
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
