@@ -799,6 +799,20 @@ def first_epoch(results: dict[str, Any]) -> str:
     return markdown(columns, lines, f"{len(results['seconds']['live'])} rounds, {results['pairs']} pairs")
 
 
+def weights_once(results: list[dict[str, Any]]) -> str:
+    """Host memory of two processes until their first step, in sizes of the model."""
+    lines = []
+    for row in results:
+        cells = [
+            f"{(row[version]['large'][level] - row[version]['small'][level]) / row['model']:.2f}"
+            for level in ("peak", "first_step")
+            for version in ("before", "after")
+        ]
+        lines.append([row["engine"], {"lora": "LoRA", "full": "all weights"}[row["tuning"]], *cells])
+    columns = ["Engine", "Trained", "Peak, each reads", "One reads", "At the first step, each reads", "One reads"]
+    return markdown(columns, lines)
+
+
 # ---- The table of tables --------------------------------------------------------------------------------------------
 
 
@@ -845,6 +859,7 @@ TABLES = {
     "large_cache": Table(large_cache, (f"{BENCHMARKS}/large_cache.json",)),
     "bf16_weights": Table(bf16_weights, (f"{BENCHMARKS}/bf16_weights.json",)),
     "first_epoch": Table(first_epoch, (f"{BENCHMARKS}/first_epoch.json",)),
+    "weights_once": Table(weights_once, (f"{BENCHMARKS}/weights_once.json",)),
     "start_up": Table(start_up, (f"{BENCHMARKS}/data_loading.json",)),
 }
 # Tables that another program writes between the same markers -> that program, and its results.

@@ -95,6 +95,16 @@ def test_reading_a_large_cache_is_measured_in_every_process(tmp_path):
             assert f"| {process} ({start}) |" in shown
 
 
+@pytest.mark.matrix
+def test_the_memory_to_load_a_model_is_measured_under_both_engines(tmp_path):
+    file = tmp_path / "weights.json"
+    run("weights_once.py", "--quick", "--output", str(file))
+    found = json.loads(file.read_text())
+    kinds = [(row["engine"], row["tuning"]) for row in found]
+    assert kinds == [("zero3", "lora"), ("fsdp2", "lora"), ("zero3", "full"), ("fsdp2", "full")]
+    assert all(row["after"]["small"]["peak"] > row["model"] > 0 for row in found)
+
+
 SMOKE = """
 about: The smallest plan with a row of each kind.
 pairs: off_policy

@@ -19,13 +19,18 @@ from transformers import TrainerCallback
 from worker import RecordingTrainer, check_engine, engine_args, take_turns
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.engines import shared_loading
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
 from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.step import pair_evaluation
+from trl_diffusion_sdpo.trainer import components
 
 pair_evaluation.MOST_DRAWS = 1
 run_callbacks.plot_curves = lambda *given: None  # half a second at every save and end
 
+shared_loading.SMALLEST = 1  # byte: the second process maps all weights
+
+LOAD_ONCE = components.load_once
 LARGE = 500  # elements; ZeRO-3 leaves smaller weights where they are once gathered, by `engine_args`
 
 
@@ -147,6 +152,7 @@ def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
         sets = {"whole": evaluated, "single": data.select([0])}
         evaluated = {name: pairs.to_iterable_dataset() for name, pairs in sets.items()}
     peft_config = None if run["peft"] is None else LoraConfig(**run["peft"])
+    components.load_once = (lambda load, args: load()) if run["each_loads"] else LOAD_ONCE
     watch = Watch(run, folder)
     trainer = RecordingTrainer(
         run["model"], run["ref_model"], args, data, evaluated, peft_config=peft_config, callbacks=[watch]

@@ -24,6 +24,8 @@ def build_run(engine: str, tuning: str, kind: str, args: dict, **given) -> dict:
         "resumes": None,
         "pushes": False,
         "refused": False,
+        "dora": False,
+        "each_loads": False,  # whether each process reads the model, and none maps the other's memory
     }
     return {**run, **given, "args": args}
 
@@ -34,7 +36,7 @@ def with_places(run: dict, start: dict[str, str]) -> dict:
         **run,
         "model": start["policy" if run["moved"] else "base"],
         "ref_model": start["base"] if run["moved"] else None,
-        "peft": LORA if run["tuning"] == "lora" else None,
+        "peft": {**LORA, "use_dora": run["dora"]} if run["tuning"] == "lora" else None,
         "data": start["pairs"],
     }
 

@@ -84,6 +84,8 @@ BY_DEFAULT = {
     "ddp-lora-kept-resumed",
     "fsdp2-full-long",
     "fsdp2-full-first-bf16",
+    "fsdp2-full-kept-mapped",
+    "zero3-lora-dora-mapped",
     "ddp-full-streamed-5",
     "ddp-lora-unmade",
     "ddp-full-kto",
@@ -366,6 +368,40 @@ def assert_neutral(folder: Path) -> None:
 )
 def test_policy_and_reference_begin_as_one_in_every_precision(found):
     assert_neutral(found[0])
+
+
+# ---- One process reads the model -----------------------------------------------------------------------------------
+
+
+def mapped(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
+    """A run whose processes each read the model, and the same run, in which the second maps what the first has read."""
+    args = {"optim": "adamw_torch", "max_steps": 2, **args}
+    kinds = {f"{kind}read": True, f"{kind}mapped": False}
+    given = {"moved": tuning == "full", "dora": kind == "dora-"}  # a moved policy has a reference, which is read too
+    return [build_run(engine, tuning, name, args, each_loads=each, **given) for name, each in kinds.items()]
+
+
+@needing(
+    *[
+        mapped(engine, tuning, kind, **args)
+        for engine in SHARDING
+        for tuning, kind, args in (
+            ("full", "kept-", {"ema_decay": 0.5}),
+            ("full", "sync-", FOLLOWING),
+            ("full", "bf16-", {"bf16": True}),
+            ("full", "errors-", {"bf16": True, "precompute_ref_errors": True, "precompute_epochs": 1}),
+            ("lora", "dora-", {}),
+            ("lora", "sync-", FOLLOWING),
+        )
+    ]
+)
+def test_a_process_that_maps_the_model_trains_as_one_that_reads_it(found):
+    read, mapped = (folder / "saved" for folder in found)
+    assert_equal(saved_weights(mapped), saved_weights(read))
+    if (read / "ema").exists():
+        assert_equal(saved_weights(mapped / "ema"), saved_weights(read / "ema"))
+    for name in ("loss", "safeguard/scale", "grad_norm"):
+        assert logged(found[1], name) == logged(found[0], name), name
 
 
 # ---- Drawings, evaluation ------------------------------------------------------------------------------------------

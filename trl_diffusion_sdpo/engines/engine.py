@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model, save_fsdp_optimizer
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
@@ -181,7 +181,7 @@ class Engine:
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            # All processes load the weights, so process 0 need not send them. Sending fails on buffers.
+            # All processes have the weights, so process 0 need not send them. Sending fails on buffers.
             plugin.cpu_ram_efficient_loading = False
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
@@ -211,6 +211,11 @@ class Engine:
         """
         if self._zero_stage == 3:
             sharding.zero3_partition(module, self.accelerator, self.rounding, unrounded)
+
+    def preparing(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return a context for `accelerator.prepare`, in which FSDP2 frees the whole weights of a block once it has
+        sharded them."""
+        return sharding.freeing_whole_weights(model) if self.accelerator.is_fsdp2 else contextlib.nullcontext()
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
         """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
@@ -283,8 +288,8 @@ class Engine:
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
         """Move a frozen module from the CPU to the device, with the same sharding and precision as the policy.
 
-        The module is changed in place. To save memory, each weight is cast before it is moved, and sharded before the
-        next.
+        The module is changed in place. To save memory, each weight (under FSDP2, each block) is sharded before the
+        next is moved.
 
         Args:
             moves (`bool`): Whether training updates the module's weights. FSDP2 then keeps them in float32: half
@@ -295,9 +300,8 @@ class Engine:
         """
         dtype = self.rounding
         if self.accelerator.is_fsdp2:
-            for weight in module.parameters() if dtype is not None and not moves else ():
-                weight.data = weight.data.to(dtype)  # FSDP would round weights to this dtype at every use anyway
-            self._second_models.append(fsdp2_prepare_model(self.accelerator, module).eval())
+            # FSDP would round weights to this dtype at every use anyway.
+            self._second_models.append(sharding.fsdp2_shard(module, self.accelerator, None if moves else dtype))
             return self._second_models[-1]
         if not self._is_deepspeed:
             return module.to(self.accelerator.device)
@@ -316,19 +320,28 @@ class Engine:
         dtype = self.rounding
         before = next(module.parameters()).device
         moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
-        working = module if dtype is None else copy.deepcopy(module)
-        for weight in working.parameters() if dtype is not None else ():
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
-        if self._is_deepspeed and dtype is not None:
-            working.to(dtype)  # buffers as well
+        working = module if dtype is None else self._rounded_copy(module, dtype)
+        held = [(weight, weight.data) for weight in module.parameters()]
         if moves:
             working.to(self.accelerator.device)
         try:
             yield working
         finally:
             if working is module and moves:
-                module.to(before)
+                for weight, values in held:  # moving them back would give each process a copy of its own
+                    weight.data = values
+                module.to(before)  # the buffers
+
+    def _rounded_copy(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Return a copy of a module as the engine would round it, whose weights are cast and moved to the device one by
+        one."""
+        memo: dict[int, Any] = {}
+        for weight in module.parameters():
+            if type(weight) is nn.Parameter and weight.is_floating_point():
+                values = weight.detach().to(self.accelerator.device, dtype)
+                memo[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
+        copied = copy.deepcopy(module, memo)
+        return copied.to(dtype) if self._is_deepspeed else copied  # DeepSpeed rounds buffers as well
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import pickle
 from collections.abc import Iterator
 from typing import Any, cast
@@ -12,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
@@ -61,6 +63,32 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+@contextlib.contextmanager
+def freeing_whole_weights(model: nn.Module) -> Iterator[None]:
+    """Within the context, in which accelerate shards a model with FSDP2, let each block's whole weights go once its
+    shards are there.
+
+    accelerate keeps the model's `state_dict` meanwhile, and with it all whole weights. It needs only those that its
+    first process sends to the others, and here every process has them; so `state_dict` is empty.
+    """
+    hook = model.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.clear())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def fsdp2_shard(module: nn.Module, accelerator: Accelerator, dtype: torch.dtype | None) -> nn.Module:
+    """Shard a frozen module with FSDP2 as accelerate shards the policy, and then cast the shards of its weights to
+    `dtype`. Cast before, the whole weights would be in memory once more, in each process."""
+    with freeing_whole_weights(module):
+        module = fsdp2_prepare_model(accelerator, module)
+    if dtype is not None:
+        shards = {name: weight.detach().to(dtype) for name, weight in module.named_parameters()}
+        module.load_state_dict(shards, strict=False, assign=True)
+    return module.eval()
+
+
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
     """Return the full value of a weight; for those that DeepSpeed trains, the optimizer's float32 value. An unsharded
     weight is not copied."""
@@ -94,8 +122,8 @@ def zero3_partition(
 ) -> None:
     """Shard the weights of a module under ZeRO-3, in place and one after the other.
 
-    Each weight is cast, moved to the device, and replaced by this process's shard. (DeepSpeed's own engine would first
-    move the whole module.) Buffers are moved but not sharded.
+    Each weight is cast, moved to the device, and replaced by this process's shard of the first process's values.
+    (DeepSpeed's own engine would first move the whole module.) Buffers are moved but not sharded.
 
     Args:
         dtype (`torch.dtype`, *optional*): Dtype to cast weights to. By default, they keep theirs.
@@ -124,6 +152,12 @@ def zero3_partition(
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
+
+
+def return_freed_memory() -> None:
+    """Make the C library give freed memory back to the machine, which it would keep for this process."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:

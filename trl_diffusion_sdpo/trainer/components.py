@@ -25,6 +25,7 @@ from ..data.dataset import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, shards_weights
 from ..engines.processes import peers
+from ..engines.shared_loading import load_once
 from ..families import Family
 from ..losses import LossSpec
 from ..models.adapters import active_adapter, add_lora, check_adapter_weight, freeze, train_only_adapter
@@ -58,8 +59,8 @@ def load_policy(
     *,
     denoiser: bool = True,
 ) -> LoadedModel:
-    """Load the pipeline whose denoiser trains, unsharded in every process. `denoiser=False` leaves the denoiser's
-    weights out."""
+    """Load the pipeline whose denoiser trains, unsharded in every process, which share the memory of what is loaded
+    from a Hub id or folder. `denoiser=False` leaves the denoiser's weights out."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
     options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
@@ -71,17 +72,22 @@ def load_policy(
             "`quantization_config` needs `peft_config`, because quantized weights cannot be trained themselves; got "
             "none. Pass a `LoraConfig`, or leave `quantization_config` out."
         )
-    with loading_unsharded(args):
-        loaded = load_model(
-            model,
-            processing_class=processing_class,
-            model_init_kwargs=options,
-            quantization_config=quantization_config,
-            device=args.device,
-            encoders=not args.precompute_latents,
-            denoiser=denoiser,
-            denoiser_folder=start.denoiser,
-        )
+
+    def load() -> LoadedModel:
+        with loading_unsharded(args):
+            return load_model(
+                model,
+                processing_class=processing_class,
+                model_init_kwargs=options,
+                quantization_config=quantization_config,
+                device=args.device,
+                encoders=not args.precompute_latents,
+                denoiser=denoiser,
+                denoiser_folder=start.denoiser,
+            )
+
+    is_read = isinstance(model, (str, Path)) and quantization_config is None
+    loaded = load_once(load, args) if is_read else load()
     if start.adapter is None or not denoiser:
         return loaded
     attach_adapter(loaded.pipeline, loaded.family.denoiser_name, start.adapter, seed=args.seed)
@@ -241,15 +247,19 @@ def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfi
         start = starting_point(ref_model)
         ref_model = start.pipeline
         options = start.with_recorded(options)
-    with loading_unsharded(args):
-        denoiser = load_reference(
-            ref_model,
-            loaded,
-            model_init_kwargs=args.model_init_kwargs,
-            ref_model_init_kwargs=options,
-            denoiser_folder=start.denoiser,
-            device=args.device,
-        )
+
+    def load() -> nn.Module:
+        with loading_unsharded(args):
+            return load_reference(
+                ref_model,
+                loaded,
+                model_init_kwargs=args.model_init_kwargs,
+                ref_model_init_kwargs=options,
+                denoiser_folder=start.denoiser,
+                device=args.device,
+            )
+
+    denoiser = load_once(load, args) if isinstance(ref_model, (str, Path)) else load()
     if start.adapter is not None:
         owner = copy.copy(loaded.pipeline)
         owner.register_modules(**{loaded.family.denoiser_name: denoiser})

@@ -610,7 +610,8 @@ class DiffusionSDPOTrainer(Trainer):
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
         # The checkpoint is read below, when reference and averaged weights are sharded too.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with self.engine.preparing(cast(nn.Module, self.model)):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             self.engine.check_resumable(self.optimizer)
         self.engine.restore_unrounded(unrounded)
