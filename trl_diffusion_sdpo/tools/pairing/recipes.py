@@ -132,8 +132,8 @@ def pairs_from_images(
     scorers_and_judge(scorers, pairing)  # raises before images are made
     call_kwargs = {**(settings.call_kwargs or {}), **((model.call_kwargs if model is not None else None) or {})}
     size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
-    if not all(side is None or (isinstance(side, int) and side > 0) for side in size):
-        raise UserError(f"`width` and `height` in `call_kwargs` must be whole numbers above 0, got {size}.")
+    if not all(side is None or (isinstance(side, int) and side >= MULTIPLE) for side in size):
+        raise UserError(f"`width` and `height` in `call_kwargs` must be whole numbers from {MULTIPLE} on, got {size}.")
     if model is None and call_kwargs:
         raise UserError(f"`call_kwargs` of `degraded` can only have `width` and `height`, got {call_kwargs}.")
     listed, left_out = read_manifest(source)
@@ -329,15 +329,18 @@ def _winner(path: Path, size: tuple[int | None, int | None], *, needs_colour: bo
 def region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Return the mask of a random region with a smooth, wavy edge, inside a box of 0.4 to 0.8 of the image's sides.
 
-    The box is drawn with a probability proportional to its local contrast: the standard deviation of the grey levels in
-    its middle half, which the region always covers.
+    The box is drawn with a probability proportional to the local contrast: the standard deviation of the grey levels in
+    its middle half.
 
     Returns:
         `PIL.Image.Image`: A grey image, 255 inside the region and 0 outside.
     """
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     height, width = (int(side * rng.uniform(0.4, 0.8)) for side in grey.shape)
-    lower, right = (grey.shape[0] - height + height // 4 + height // 2, grey.shape[1] - width + width // 4 + width // 2)
+    lower, right = (
+        grey.shape[0] - height + height // 4 + height // 2,
+        grey.shape[1] - width + width // 4 + width // 2,
+    )
     middles = grey[height // 4 : lower, width // 4 : right]
     mean, square = (_box_means(values, height // 2, width // 2) for values in (middles, middles**2))
     contrast = np.sqrt(np.maximum(square - mean**2, 0)) + 1e-4  # which draws evenly if the image has one grey level
