@@ -60,12 +60,15 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 # Options of `pairs generate` that not all recipes use, and the recipes that use them.
+_BY_SCORES = ("scored", "spin", "partial", "local", "degraded")
 USED_BY = {
-    "scorers": ("scored",),
-    "scorer_settings": ("scored",),
-    "weights": ("scored",),
-    "combination": ("scored",),
-    "margin": ("scored",),
+    "model": ("scored", "negatives", "spin", "partial", "local"),
+    "dtype": ("scored", "negatives", "spin", "partial", "local"),
+    "scorers": _BY_SCORES,
+    "scorer_settings": _BY_SCORES,
+    "weights": _BY_SCORES,
+    "combination": _BY_SCORES,
+    "margin": _BY_SCORES,
     "negative_kwargs": ("negatives",),
     "images": ("scored", "negatives"),
     "prompt_column": ("scored", "negatives"),
@@ -77,17 +80,18 @@ USED_BY = {
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    model = "Hub id, folder of a pipeline or output folder of a run. `MODEL+LORA` adds a LoRA."
-    add("--model", required=True, help=model)
+    model = "Hub id, folder of a pipeline or output folder of a run. `MODEL+LORA` adds a LoRA. `degraded` needs none."
+    add("--model", help=model)
     add(
         "--recipe",
-        choices=["scored", "negatives", "spin", "partial", "local"],
+        choices=["scored", "negatives", "spin", "partial", "local", "degraded"],
         default="scored",
         help="How pairs are made. `scored` (default): scorers choose the best and the worst image of each prompt. "
         "`negatives`: each image is paired with a rejected one, generated from the same noise with "
         "`--negative_kwargs`. The others pair each image of `--from_images` with a rejected one that the model makes: "
         "`spin` generates it from the prompt alone, `partial` noises the image and denoises it, `local` redraws a "
-        "region and saves its mask for training.",
+        "region and saves its mask for training. `degraded` needs no model: it blurs, compresses or washes out the "
+        "image, or adds noise. `--scorers` leave out pairs whose rejected image they prefer.",
     )
     unguided = {"guidance_scale": 1.0}
     negatives = "Arguments of the pipeline's call for the rejected images of `negatives` (default: no guidance)."
@@ -106,7 +110,8 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         "`pareto` is like `weighted` without the pairs in which a scorer prefers the rejected image.",
     )
     margin = (
-        "Pair any two images of a prompt whose rewards differ by at least X. Default: only the best and the worst."
+        "Pair any two images of a prompt whose rewards differ by at least X. Default: only the best and the worst. "
+        "With `--from_images`: leave out pairs whose rewards differ by less."
     )
     add("--margin", type=float, metavar="X", help=margin)
     add_image_options(parser, prompt_split="train", is_prompts_required=False)
@@ -129,14 +134,18 @@ def _generate(options: argparse.Namespace) -> None:
             f"{'`--from_images`' if reads_prompts else '`--prompts`'}. Got `--prompts {options.prompts}` and "
             f"`--from_images {options.from_images}`."
         )
+    if options.model is None and options.recipe != "degraded":
+        raise UserError(f"The recipe `{options.recipe}` needs a model, got none. Name it with `--model`.")
     pairing = Pairing(options.combination, options.weights, options.margin)
     # Processes wait for the slowest, which can take longer than the default timeout of ten minutes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     settings = image_settings(options, options.device or str(state.device), range(options.images))
-    model = candidate_of(f"model={options.model}")
+    model = None if options.model is None else candidate_of(f"model={options.model}")
     folder = options.output_dir
-    if not reads_prompts:
-        pairs = pairs_from_images(options.recipe, model, options.from_images, folder, settings, options.strength)
+    if model is None or not reads_prompts:
+        scorers = load_scorers(options.scorers, options.scorer_settings)
+        source = options.from_images
+        pairs = pairs_from_images(options.recipe, model, source, folder, settings, options.strength, scorers, pairing)
         lines = [f"Wrote {pairs} pairs to {folder}/pairs.jsonl. {folder}/README.md says how to train on them."]
     else:
         prompts = listed_prompts(options)

@@ -244,7 +244,6 @@ def facts_of(
         base_files, _ = _described(base)
     facts = {
         **asdict(replace(candidate, model="")),
-        "format": _FORMAT,
         "model": candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__,
         "files": files,
         "base_files": base_files,
@@ -287,6 +286,7 @@ def _described_source(source: str, **where: Any) -> dict[str, Any]:
 def record_settings(target: Path, facts: dict[str, Any]) -> None:
     """Write the settings of a model's images into the folder. Raise `ValueError` if it has images generated with
     others."""
+    facts = {**facts, "format": _FORMAT}
     path = target / SETTINGS_FILE
     if any(target.glob("*.png")):
         before = read_description(path)

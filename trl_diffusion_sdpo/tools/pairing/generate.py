@@ -19,6 +19,7 @@ from ..evaluation.images import ImageSettings, generate_images, image_path, peer
 from ..evaluation.prompts import PromptList, distinct_prompts
 from ..evaluation.scoring import score_rows
 from ..rewards import Scorer
+from ..rewards.scorer import on_device
 from ..rewards.vlm_server import VLMServerJudge
 from .manifest import ListedImage, write_manifest
 from .picks import PICKS_FILE
@@ -103,33 +104,19 @@ def generate_pairs(
     folder = Path(output_dir)
     if len(settings.seeds) < 2:
         raise UserError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
-    judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
-    scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
-    names = [scorer.name for scorer in scorers]
-    if len(judges) > 1 or (judges and not scorers):
-        raise UserError(
-            "At most one judge can be used, and only together with a scorer of single images. Got the judges "
-            f"{[judge.name for judge in judges]} and the scorers {names}. Add a scorer such as `vlm_server`, or leave "
-            "the judges out."
-        )
-    if unknown := sorted(set(pairing.weights) - set(names)):
-        raise UserError(
-            f"`weights` must contain names of scorers that are used, which are {names}, got {unknown}. Correct the "
-            "names."
-        )
-    _refuse_picks(folder)
+    singles, judge = scorers_and_judge(scorers, pairing)
+    refuse_picks(folder)
 
     # Generate and score the images.
-    evaluation = evaluate_models([model], prompts, scorers, folder, settings)
-    if not scorers:
+    evaluation = evaluate_models([model], prompts, singles, folder, settings)
+    if not singles:
         return 0
-    scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])  # (K, prompts, seeds)
-    weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
-    rewards = combine(scores, weights, pairing.combination)
-    judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
+    scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in singles])  # (K, prompts, seeds)
+    rewards = combine(scores, _weights(singles, pairing), pairing.combination)
+    judged = _judge_neighbours(judge, folder, model.name, evaluation.prompts, settings) if judge is not None else None
 
     # Pair the images of each prompt.
-    scale = asdict(scale_of_rewards(rewards, pairing.combination, names))
+    scale = asdict(scale_of_rewards(rewards, pairing.combination, [scorer.name for scorer in singles]))
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
         allowed = None if judged is None else judged[index]
@@ -153,7 +140,7 @@ def generate_pairs(
         )
     facts = {
         "Images of each prompt": len(settings.seeds),
-        "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
+        "Scorers": ", ".join(scorer.name for scorer in scorers),
         "Reward": pairing.combination,
     }
     purpose = "Pairs of a model's own images, chosen by scorers."
@@ -198,7 +185,7 @@ def pairs_of_negatives(
             "both. Pass worse settings, such as a `guidance_scale` of 1."
         )
     folder = Path(output_dir)
-    _refuse_picks(folder)
+    refuse_picks(folder)
     listed = prompts if isinstance(prompts, PromptList) else distinct_prompts(prompts)
     worse = replace(model, name="rejected", call_kwargs={**(model.call_kwargs or {}), **negative_kwargs})
     peers = peers_of_this_run()
@@ -225,7 +212,79 @@ def pairs_of_negatives(
     return len(rows)
 
 
-def _refuse_picks(folder: Path) -> None:
+def scorers_and_judge(scorers: Sequence[Scorer], pairing: Pairing) -> tuple[list[Scorer], VLMServerJudge | None]:
+    """Return the scorers of single images and the judge of pairs, if any.
+
+    Raises:
+        `ValueError`: If there are several judges or a judge without a scorer, a weight names a scorer that is not used,
+            or there are no scorers for a `pairing` other than the default.
+    """
+    judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
+    singles = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
+    names = [scorer.name for scorer in singles]
+    if len(judges) > 1 or (judges and not singles):
+        raise UserError(
+            "At most one judge can be used, and only together with a scorer of single images. Got the judges "
+            f"{[judge.name for judge in judges]} and the scorers {names}. Add a scorer such as `vlm_server`, or leave "
+            "the judges out."
+        )
+    if unknown := sorted(set(pairing.weights) - set(names)):
+        raise UserError(
+            f"`weights` must contain names of scorers that are used, which are {names}, got {unknown}. Correct the "
+            "names."
+        )
+    if not singles and pairing != Pairing():
+        raise UserError(
+            f"`combination` and `margin` need scorers, got {pairing.combination} and {pairing.margin} without any. "
+            "Name scorers, or leave both out."
+        )
+    return singles, judges[0] if judges else None
+
+
+def score_given_pairs(
+    scorers: Sequence[Scorer],
+    pairing: Pairing,
+    folder: Path,
+    rows: Sequence[tuple[int, int]],
+    prompts: PromptList,
+    device: str,
+) -> tuple[np.ndarray, list[bool], dict[str, Any]]:
+    """Score the images of `chosen` and `rejected` in a folder, and say which pairs the scorers confirm. Call it in all
+    processes.
+
+    Args:
+        rows (`Sequence[tuple[int, int]]`): Index of the prompt and seed of each pair.
+        device (`str`): Device for scorers on the CPU.
+
+    Returns:
+        The rewards `(pairs, 2)` of chosen and rejected image, whether each pair is confirmed (the chosen image has the
+        higher reward, by at least `margin`, and has won before the judge), and the scale of the rewards. The z-scores
+        are over all images, because those of two are always -1 and 1.
+    """
+    singles, judge = scorers_and_judge(scorers, pairing)
+    peers = peers_of_this_run()
+    places = [(index, (seed, seed)) for index, seed in rows]
+    by_scorer = []
+    for scorer in singles:
+        with on_device(scorer, device):
+            by_scorer.append([score_rows(scorer, folder, [side], places, prompts, peers) for side in SIDES])
+    scores = np.swapaxes(by_scorer, 1, 2)  # (scorers, pairs, 2)
+    grouped = scores if pairing.combination == "majority" else scores.reshape(len(singles), 1, -1)
+    rewards = combine(grouped, _weights(singles, pairing), pairing.combination).reshape(-1, 2)
+    judged = np.full(rewards.shape, (1.0, -1.0))
+    if judge is not None:
+        judged *= score_rows(judge, folder, SIDES, places, prompts, peers)[:, None]
+    confirmed = [(0, 1) in _pairs(scores[:, row], rewards[row], judged[row], pairing) for row in range(len(rows))]
+    scale = scale_of_rewards(rewards, pairing.combination, [scorer.name for scorer in singles])
+    return rewards, confirmed, asdict(scale)
+
+
+def _weights(scorers: Sequence[Scorer], pairing: Pairing) -> np.ndarray:
+    return np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
+
+
+def refuse_picks(folder: Path) -> None:
+    """Raise `ValueError` if a person picked the pairs of a folder."""
     picks = folder / PICKS_FILE
     if picks.is_file() and picks.stat().st_size:
         raise UserError(

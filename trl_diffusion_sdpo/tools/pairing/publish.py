@@ -54,14 +54,15 @@ def write_dataset(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
     purpose: str,
-    model: Candidate,
+    model: Candidate | None,
     facts: Mapping[str, object],
     advice: str = "",
 ) -> None:
     """Write `pairs.jsonl` and the dataset card, which the Hub shows as a page. A card that you edited is kept. Its
     metadata tell `load_dataset` that the pairs are in `pairs.jsonl`."""
     write_atomically(folder / PAIRS_FILE, json_lines(rows))
-    _write_card(folder, purpose, {"Model": _public_name(model), **facts, "Pairs": len(rows)}, advice)
+    named = {} if model is None else {"Model": _public_name(model)}
+    _write_card(folder, purpose, {**named, **facts, "Pairs": len(rows)}, advice)
 
 
 def _write_card(
