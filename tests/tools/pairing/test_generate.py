@@ -284,7 +284,7 @@ def test_noise_that_cannot_fit_is_refused(settings, change, named, generated, sd
 
 def test_pairs_are_published_with_their_card(generated, hub_server, capsys, tmp_path):
     assert main(["pairs", "push", str(generated), "tester/taste", "--private"]) == 0
-    assert "3 pairs" in capsys.readouterr().out
+    assert "3 rows" in capsys.readouterr().out
     repo = hub_server.repos["tester/taste"]
     card = repo.files["README.md"].decode()
     assert repo.private and "chosen by scorers" in card and "data/train-" in card and "- preference" in card
