@@ -112,7 +112,9 @@ def stores(folder: Path, pairs: int, prompts: int) -> tuple[Any, Any]:
     from trl_diffusion_sdpo.cache.shards import ShardStore
 
     images = ShardStore(folder / "cache" / "latents", {"images": 2 * pairs}, 2 * pairs)
-    return images, ShardStore(folder / "cache" / "prompts", {"prompts": prompts}, min(pairs, prompts))
+    return images, ShardStore(
+        folder / "cache" / "prompts", {"prompts": prompts}, min(pairs, prompts) + 1
+    )  # and the empty one
 
 
 def write_cache(folder: Path, pairs: int, prompts: int) -> None:
@@ -159,7 +161,7 @@ def measure(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, 
     from accelerate import Accelerator
 
     from trl_diffusion_sdpo import DiffusionSDPOConfig
-    from trl_diffusion_sdpo.cache.encoded_pairs import EncodedPairs, ImageRows, sorted_by_hash
+    from trl_diffusion_sdpo.cache.encoded_pairs import EncodedPairs, rows_and_digests
     from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
     from trl_diffusion_sdpo.data.batch_loaders import BatchLoaders
 
@@ -174,7 +176,7 @@ def measure(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, 
     images, prompts = stores(folder, pairs, options.prompts)
     missing = len(images.missing()) + len(prompts.missing())
     assert missing == 0, f"the stub lacks {missing} rows"
-    rows, digests = ImageRows.of(dataset, 1), sorted_by_hash(dataset.prompts())[1]
+    rows, digests = rows_and_digests(dataset, 1, dataset.fingerprint(thorough=True))
     dataset.use_encoded(EncodedPairs(images, rows, prompts, digests))
     seconds["cache"] = time.process_time() - begin
     found["cache opened"] = process("self")

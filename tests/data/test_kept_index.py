@@ -10,9 +10,12 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 
 from tests.tiny_pairs import png
+from trl_diffusion_sdpo.cache.encoded_pairs import ImageRows, rows_and_digests
 from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, kept_index, prepare_dataset
 from trl_diffusion_sdpo.data import sources as sources_module
 from trl_diffusion_sdpo.data.batch_loaders import SeededSampler
+from trl_diffusion_sdpo.data.dataset import PreferenceDataset
+from trl_diffusion_sdpo.data.fingerprints import digest_of
 from trl_diffusion_sdpo.data.pair_table import PairTable
 
 OPTIONS = PairOptions(PairTransform(8), verify_images="none")
@@ -61,6 +64,26 @@ def test_a_spawned_worker_maps_a_kept_index_too():
     pairs = prepare_dataset(pickapic(labels), OPTIONS)
     sent = pickle.dumps(pairs._pairs)
     assert len(sent) < 1000 and np.array_equal(pickle.loads(sent).positions, pairs.positions)
+
+
+def test_a_second_start_with_a_cache_reads_no_prompts(monkeypatch):
+    data = pickapic([1.0, 0.0, 1.0], caption=["b", "a", "b"])
+    pairs = prepare_dataset(data, OPTIONS)
+    rows, digests = rows_and_digests(pairs, 1, pairs.fingerprint(thorough=True))
+    assert digests.tolist() == sorted(map(digest_of, ("", "a", "b")))
+    assert rows.images.tolist() == ImageRows.of(pairs, 1).images.tolist() and rows.count == 6
+
+    def unread(self):
+        raise AssertionError("the prompts were read")
+
+    monkeypatch.setattr(PreferenceDataset, "prompts", unread)
+    again = prepare_dataset(data, OPTIONS)
+    kept_rows, kept_digests = rows_and_digests(again, 1, again.fingerprint(thorough=True))
+    assert kept_digests.tolist() == digests.tolist()
+    assert kept_rows.images.tolist() == rows.images.tolist() and kept_rows.count == rows.count
+    with pytest.raises(AssertionError):  # another prompt
+        other = prepare_dataset(pickapic([1.0, 0.0, 1.0], caption=["b", "c", "b"]), OPTIONS)
+        rows_and_digests(other, 1, other.fingerprint(thorough=True))
 
 
 def test_scores_are_kept(made):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..data.dataset import PreferenceDataset
 from ..data.fingerprints import digest_of
 from ..data.flips import mirrored
 from ..data.images import UndecodableImageError
+from ..data.kept_index import kept_arrays
 from ..data.transforms import PairDraws
 from ..utils.errors import UserError
 from .shards import ShardStore
@@ -116,6 +117,32 @@ class ImageRows:
         if self.crops is not None:
             draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
         return self.flips and draws is not None and draws.flip < 0.5
+
+
+def rows_and_digests(dataset: PreferenceDataset, crops: int, data: Mapping[str, Any]) -> tuple[ImageRows, np.ndarray]:
+    """Return the row numbers of a data set's images, and the sorted hashes of its prompts or edits. Those of a large
+    data set are kept for later starts.
+
+    Args:
+        crops (`int`): Number of random crops of each image; unused if crops are centered.
+        data (`Mapping`): Thorough [`~trl_diffusion_sdpo.data.PreferenceDataset.fingerprint`] of the data set.
+    """
+
+    def make() -> tuple[dict[str, np.ndarray], int]:
+        rows = ImageRows.of(dataset, crops)
+        return {"images": rows.images, "digests": sorted_by_hash(texts_of(dataset))[1]}, rows.count
+
+    key = {"data": data, "augmentations": dataset.augmentations, "crops": crops, "loser's": dataset.has_loser_prompts}
+    rows = 0 if dataset.has_sources else len(dataset)  # edits depend on more than the key
+    arrays, count = kept_arrays(lambda: key, rows, make)
+    flips, random_crops = dataset.augmentations
+    images = ImageRows(dataset.seed, arrays["images"], count, flips, crops if random_crops else None)
+    return images, arrays["digests"]
+
+
+def texts_of(dataset: PreferenceDataset) -> Iterable[str | Edit]:
+    """Return the prompts or edits that a data set's cache encodes."""
+    return dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""}
 
 
 def sorted_by_hash(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:

@@ -36,7 +36,9 @@ from .encoded_pairs import (
     Edit,
     EncodedPairs,
     ImageRows,
+    rows_and_digests,
     sorted_by_hash,
+    texts_of,
 )
 from .key import EncoderKey
 from .shards import ShardStore, complete
@@ -85,8 +87,7 @@ class _Cache:
     """Cache of one data set: stores of images, prompts and VAE statistics, and what their rows contain."""
 
     rows: ImageRows
-    texts: list[Any]  # distinct prompts, or distinct edits if there are source images
-    digests: np.ndarray
+    digests: np.ndarray  # sorted hashes of the distinct prompts, or of the distinct edits if there are source images
     images: ShardStore
     prompts: ShardStore
     statistics: ShardStore  # weights of the VAE with which latents are scaled; empty for most families
@@ -130,11 +131,9 @@ class PairEncoding:
 
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family = self._frozen.family
-        rows = ImageRows.of(dataset, self._settings.crops)
-        texts: list[Any]
-        with failing_together(RuntimeError):
-            texts, digests = sorted_by_hash(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
         data = dataset.fingerprint(thorough=True, peers=self._peers)
+        with failing_together(RuntimeError):
+            rows, digests = rows_and_digests(dataset, self._settings.crops, data)
         images = {
             "vae": self._key.facts["vae"],
             "pixels": dataset.pixel_settings() | {"random_flip": rows.flips},
@@ -149,10 +148,9 @@ class PairEncoding:
             prompts |= {name: images[name] for name in ("vae", "data", "pixels")}  # sources are cropped as images are
         return _Cache(
             rows,
-            texts,
             digests,
             images=ShardStore(self.folder / LATENTS, images, len(rows), self._drawn(dataset, rows)),
-            prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts)),
+            prompts=ShardStore(self.folder / PROMPTS, prompts, len(digests)),
             statistics=ShardStore(
                 self.folder / LATENTS,
                 {"vae": images["vae"], "kind": "statistics"},
@@ -176,7 +174,7 @@ class PairEncoding:
         encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(encoded)
         self.report.images += cache.images.wanted
-        self.report.prompts += len(cache.texts)
+        self.report.prompts += len(cache.digests)
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
@@ -200,7 +198,7 @@ class PairEncoding:
             prompts, unreadable = self._encode_edits(dataset, cache, missing[1], family)
             undecodable += unreadable
         else:
-            prompts = self._encode_prompts(cache, missing[1], family)
+            prompts = self._encode_prompts(dataset, cache, missing[1], family)
         if len(missing[2]) and self._peers.index == 0:
             cache.statistics.write(0, {0: family.latent_statistics()})
         return images, prompts, undecodable
@@ -239,11 +237,12 @@ class PairEncoding:
                 cache.images.add(number, waiting.finished(), step=-(-count // size))
         return len(missing), undecodable
 
-    def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
+    def _encode_prompts(self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family) -> int:
         """Encode this process's share of the prompts. Prompts are encoded one by one if batches would change their
         padding."""
         numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
-        shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
+        shards = [range(len(cache.digests))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
+        of_rows = sorted_by_hash(texts_of(dataset))[0] if shards else []
         alone = family.prompt_padding != "fixed"
         size = 1 if alone else PROMPTS_AT_ONCE[-1]
         count = sum(map(len, shards))
@@ -251,7 +250,7 @@ class PairEncoding:
             for number, shard in zip(numbers, shards, strict=True):
                 encoded = {}
                 for batch in (shard[start : start + size] for start in range(0, len(shard), size)):
-                    texts = [cache.texts[row] for row in batch]
+                    texts = [of_rows[row] for row in batch]
                     values = conditioning_of(family, texts, 2 if alone else PROMPTS_AT_ONCE[0])
                     for index, row in enumerate(batch):
                         encoded[row] = {name: value[index] for name, value in values.items()}
@@ -264,8 +263,9 @@ class PairEncoding:
     ) -> tuple[int, list[tuple[int, str]]]:
         """Encode this process's share of the edits (prompts with source images), one edit at a time."""
         numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
-        shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
-        edits = [cache.texts[row] for shard in shards for row in shard]
+        shards = [range(len(cache.digests))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
+        of_rows = sorted_by_hash(texts_of(dataset))[0] if shards else []
+        edits = [of_rows[row] for shard in shards for row in shard]
         height, width = self._settings.size
         sources = _Results(partial(_decoded_sources, dataset), edits)
         loaded = iter(self._settings.load(sources, dataset, 3 * height * width) if edits else ())
@@ -275,7 +275,7 @@ class PairEncoding:
             for number, shard in zip(numbers, shards, strict=True):
                 encoded = {}
                 for row in shard:
-                    (source_row, *_), _, prompt = cache.texts[row]
+                    (source_row, *_), _, prompt = of_rows[row]
                     item = next(loaded)
                     if isinstance(item, UndecodableImageError):
                         undecodable.append((source_row, f"row {source_row} {item}"))

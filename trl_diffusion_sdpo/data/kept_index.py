@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,24 +40,47 @@ Rejection = tuple[str, int, str, int]  # arguments of `Reject`
 
 
 def kept_index(key: Callable[[], Any], rows: int, make: Callable[[Reject], PairTable], reject: Reject) -> PairTable:
-    """Return the index that `make` makes, from the disk if it is kept there.
+    """Return the index that `make` makes, from the disk if it is kept there. For `key` and `rows`, see
+    [`kept_arrays`].
 
     Args:
-        key (`Callable`): Returns what the index depends on beside the code of this package, as values for JSON.
-        rows (`int`): Number of rows.
         make (`Callable`): Makes the index, and calls its argument for dropped rows and pairs.
         reject (`Callable`): Is called in the same way. Of each kind, all but the first rows come in one call.
     """
     if rows < KEPT_ROWS:
         return make(reject)
+
+    def arrays() -> tuple[dict[str, np.ndarray], list[Rejection]]:
+        rejections = _Rejections()
+        index = make(rejections)
+        return {"positions": index.positions, **index.columns}, rejections.calls()
+
+    columns, rejected = kept_arrays(key, rows, arrays)
+    for call in rejected:
+        reject(*call)
+    return PairTable(columns.pop("positions"), columns)
+
+
+def kept_arrays(
+    key: Callable[[], Any], rows: int, make: Callable[[], tuple[dict[str, np.ndarray], Any]]
+) -> tuple[dict[str, np.ndarray], Any]:
+    """Return arrays by name and facts, as `make` returns them, from the disk if they are kept there.
+
+    Args:
+        key (`Callable`): Returns what they depend on beside the code of this package, as values for JSON.
+        rows (`int`): Number of rows of the data.
+        make (`Callable`): Makes them. The facts are values for JSON.
+    """
+    if rows < KEPT_ROWS:
+        return make()
     try:
         folder = user_cache() / "indexes" / short_hash([key(), _code()])
     except FileNotFoundError as error:
         logger.warning("The index of %d rows is made anew at each start. %s", rows, error)
-        return make(reject)
-    index = _read(folder, reject)
-    if index is not None:
-        return index
+        return make()
+    kept = _read(folder)
+    if kept is not None:
+        return kept
     lock, problem = None, f"its disk has less than {readable_size(rows * ROW_BYTES)} free"
     try:
         if free_bytes(folder) >= rows * ROW_BYTES:
@@ -70,42 +93,39 @@ def kept_index(key: Callable[[], Any], rows: int, make: Callable[[Reject], PairT
         logger.warning(
             "The index of %d rows is made anew at each start. %s cannot keep it: %s.", rows, folder, problem
         )
-        return make(reject)
+        return make()
     try:
-        index = _read(folder, reject)  # another process may have made it meanwhile
-        return _make_and_keep(folder, make, reject) if index is None else index
+        return _read(folder) or _make_and_keep(folder, make)  # another process may have made it meanwhile
     finally:
         lock.release()
 
 
-def _make_and_keep(folder: Path, make: Callable[[Reject], PairTable], reject: Reject) -> PairTable:
-    rejections = _Rejections()
-    index = make(rejections)
-    rejections.replay(reject)
+def _make_and_keep(
+    folder: Path, make: Callable[[], tuple[dict[str, np.ndarray], Any]]
+) -> tuple[dict[str, np.ndarray], Any]:
+    arrays, facts = make()
     try:
         folder.mkdir(exist_ok=True)
-        for name, values in {"positions": index.positions, **index.columns}.items():
+        for name, values in arrays.items():
             write_atomically(_file(folder, name), partial(np.save, arr=values, allow_pickle=False))
-        facts = {"columns": list(index.columns), "rejections": rejections.calls()}
-        write_atomically(folder / FACTS, json.dumps(facts).encode())
+        write_atomically(folder / FACTS, json.dumps({"arrays": list(arrays), "facts": facts}).encode())
         _delete_old(folder.parent)
     except OSError as error:
         logger.warning("The index of the data could not be kept in %s: %s", folder, error)
-    return index
+    return _read(folder) or (arrays, facts)
 
 
-def _read(folder: Path, reject: Reject) -> PairTable | None:
-    """Return a kept index, mapped into memory, or `None` if there is none or it cannot be read."""
+def _read(folder: Path) -> tuple[dict[str, np.ndarray], Any] | None:
+    """Return kept arrays, mapped into memory, and their facts, or `None` if there are none or they cannot be read."""
     try:
-        facts = json_object((folder / FACTS).read_text(encoding="utf-8"))
-        names = ["positions", *facts["columns"]]
-        positions, *columns = (map_array(_file(folder, name)) for name in names)
+        kept = json_object((folder / FACTS).read_text(encoding="utf-8"))
+        arrays = {name: map_array(_file(folder, name)) for name in kept["arrays"]}
+        facts = kept["facts"]
         with contextlib.suppress(OSError):  # a read-only cache
             os.utime(folder)
-        _Rejections(facts["rejections"]).replay(reject)
     except (OSError, ValueError, KeyError):
         return None
-    return PairTable(positions, dict(zip(facts["columns"], columns, strict=True)))
+    return arrays, facts
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -126,14 +146,15 @@ def _delete_old(indexes: Path) -> None:
 def _code() -> list[Any]:
     """Return facts of this package's files that make an index."""
     package = Path(__file__).parents[1]
-    return [file_facts(file)[1:] for room in ("data", "utils") for file in sorted((package / room).glob("[!.]*.py"))]
+    files = (file for room in ("cache", "data", "utils") for file in sorted((package / room).glob("[!.]*.py")))
+    return [file_facts(file)[1:] for file in files]
 
 
 class _Rejections:
     """Dropped rows and pairs: the first of each kind, and one call for all others of the kind."""
 
-    def __init__(self, calls: Sequence[Sequence[Any]] = ()) -> None:
-        self._first: list[Rejection] = [(kind, row, reason, amount) for kind, row, reason, amount in calls]
+    def __init__(self) -> None:
+        self._first: list[Rejection] = []
         self._seen: Counter[str] = Counter()
         self._others: dict[str, Rejection] = {}
 
@@ -147,7 +168,3 @@ class _Rejections:
 
     def calls(self) -> list[Rejection]:
         return [*self._first, *self._others.values()]
-
-    def replay(self, reject: Reject) -> None:
-        for call in self.calls():
-            reject(*call)

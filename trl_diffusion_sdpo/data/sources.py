@@ -38,6 +38,7 @@ EXAMINED = datasets.Features(
         "problems": datasets.List(datasets.Value("string")),
     }
 )
+HASHED_PAIRS = 2**20  # pairs at a time
 FINGERPRINTED_PAIRS = 16  # pairs whose prompts and images are hashed to recognize a data set
 ROWS_AT_ONCE = 1000
 HASHED_ROWS = 100_000  # at once
@@ -423,7 +424,10 @@ class PairSource:
             `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores),
                 `prompts` (hash of prompts) and `images` (hash of images).
         """
-        digest = hashlib.sha256(np.ascontiguousarray(pairs.positions, dtype="<i8").data)
+        digest = hashlib.sha256()
+        for start in range(0, len(pairs), HASHED_PAIRS):  # int64 copies of all would be twice the table
+            part = pairs.positions[start : start + HASHED_PAIRS]
+            digest.update(np.ascontiguousarray(part, dtype="<i8").data)
         if "scores" in pairs.columns:
             digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
         facts: dict[str, Any] = {"format": self.format_name, "pairs": len(pairs), "index": short(digest)}
