@@ -87,6 +87,70 @@ def test_scores_are_compared_with_their_median(scores, liked):
     check(prepare(judged(scores, "score")), liked, [row for row in range(5) if row not in liked])
 
 
+@pytest.mark.parametrize(("threshold", "liked"), [(4, [0, 3]), (3.5, [0, 3]), (2, [0, 1, 3, 4])])
+def test_scores_are_compared_with_a_given_threshold(threshold, liked):
+    """Also those of a mixture, and those that are text."""
+    for scores in ([4, 2, 1, 5, 3], ["4", "2", "1", "5", "3"]):
+        rows = judged(scores, "score")
+        check(prepare(rows, score_threshold=threshold), liked, [row for row in range(5) if row not in liked])
+    both = prepare(PairMixture([rows, judged([4, 4, 1], "score")]), score_threshold=threshold)
+    for liked_row, _, disliked_row, _ in both.positions.tolist():
+        found = [[4, 2, 1, 5, 3, 4, 4, 1][row] for row in (liked_row, disliked_row)]
+        assert found[0] >= threshold > found[1]
+
+
+def test_a_bad_score_does_not_move_the_median():
+    check(prepare(judged([1.0, float("nan"), 2.0, float("inf"), 3.0], "score")), [2, 4], [0])
+
+
+@pytest.mark.parametrize(
+    ("given", "liked"),
+    [(None, [0, 3]), (2.0, [0, 2, 3, 5])],  # 5 and 6 reach 4, the training images' median; that of these is 2.5
+)
+def test_held_out_images_are_judged_by_the_threshold_of_the_training_images(make_trainer, given, liked):
+    train = judged([1, 3, 4, 5, 6], "score")
+    held_out = judged([5, 1, 2, 6, 1, 3], "score")
+    trainer = make_trainer(
+        train=train, eval_dataset={"one": held_out, "labels": judged([1, 0])}, loss_type="tgo", score_threshold=given
+    )
+    check(trainer.eval_dataset["one"], liked, [row for row in range(6) if row not in liked])
+    check(trainer.eval_dataset["labels"], [0], [1])
+    later = trainer.get_eval_dataloader(held_out).dataset
+    check(later, liked, [row for row in range(6) if row not in liked])
+
+
+def test_data_sets_with_medians_of_their_own_leave_held_out_images_theirs(make_trainer):
+    trainer = make_trainer(
+        train=PairMixture([judged([1, 2], "score"), judged([10, 20], "score")]),
+        eval_dataset=judged([4, 5, 6], "score"),
+        loss_type="tgo",
+    )
+    check(trainer.eval_dataset, [1, 2], [0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (judged([1, 0]), "single_images with a `label`"),
+        (judged([1, 0]).add_column("score", [1, 2]), "with a `label`"),
+        ([{"prompt": "p", "chosen": png(1), "rejected": png(2)}], "canonical"),
+    ],
+)
+def test_a_threshold_without_scores_says_that_it_has_no_effect(caplog, rows, named):
+    prepare(rows, score_threshold=0.5)
+    assert "`score_threshold=0.5` has no effect on the train data" in caplog.text and named in caplog.text
+    caplog.clear()
+    prepare(rows, score_threshold=0.5, training=False)
+    prepare(judged([1, 2], "score"), score_threshold=2)
+    assert "no effect" not in caplog.text
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -float("inf")])
+def test_a_threshold_must_be_finite(make_args, threshold):
+    with pytest.raises(ValueError, match="`score_threshold` must be a finite number, got .*Set a score"):
+        make_args(score_threshold=threshold)
+
+
 def test_the_report_says_how_images_were_matched_and_which_are_both():
     rows = judged(["up", "up", "up", "down", None, "gut"])
     prepared = prepare(rows.select([0, 1, 2, 3, 4, 5]))
@@ -170,7 +234,9 @@ def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():
     [
         (judged([1, 1]), {}, "two kinds.*All 2 images of the train data are liked.*generate --from_images"),
         (judged([0, 0]), {}, "All 2 images of the train data are disliked"),
-        (judged([3, 3], "score"), {}, "All 2 images of the train data have the score 3"),
+        (judged([3, 3], "score"), {}, "All 2 images.*are liked, because their scores of 3 to 3 are not below"),
+        (judged([3, 4], "score"), {"score_threshold": 3}, "of 3 to 4 are not below the threshold 3. Set another"),
+        (judged([3, 4], "score"), {"score_threshold": 5}, "are disliked, because .* 3 to 4 are below the threshold 5"),
         (judged(["chat", "chien"]), {}, "No pair is left.*'chat'"),
         (judged([float("nan"), float("nan")], "score"), {}, "No pair is left.*must be finite"),
         (judged([1, 0]), {"needs_scores": "`smpo`"}, "`smpo` needs pairs whose images both have a score"),

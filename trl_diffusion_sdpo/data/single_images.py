@@ -6,6 +6,7 @@ matched. As pairs, they have all that pairs have: caches, engines, the safeguard
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..utils.errors import UserError
-from .formats import LONGEST_PROMPT, LabelError, PreferenceFormat, Reject
+from .formats import LONGEST_PROMPT, LabelError, PreferenceFormat, Reject, finite_number
 
 logger = logging.getLogger(__name__)
 
+LABELS_MIDDLE = 0.5  # between the labels 0 of disliked images and 1 of liked ones
 ORDER = 0  # seed of the matching, which an index that is kept for other runs cannot take from a run
 
 
@@ -25,8 +27,6 @@ def match_images(
 ) -> np.ndarray:
     """Return pairs of a liked and a disliked image, matched at random, as positions `(P, 4)` of a [`PairTable`]. The
     kind that has fewer images is repeated until each image of the other is matched.
-
-    Scores are compared with their median. Images that have it are liked, unless all others are above it.
 
     Args:
         name (`str`): Name of the data in messages.
@@ -51,24 +51,39 @@ def match_images(
     if not numbers:
         return np.zeros((0, 4), dtype=np.int32)
     images, scores = np.array(numbers), np.array(values)
-    has_scores = ("score",) in row_format.label_readers
-    middle = float(np.median(scores)) if has_scores else 0.5
-    is_liked = scores >= middle
-    if is_liked.all():
-        is_liked = scores > middle
+    threshold = row_format.score_threshold
+    is_liked = scores >= (LABELS_MIDDLE if threshold is None else threshold)
     if is_liked.all() or not is_liked.any():
-        kind = f"have the score {values[0]:g}" if has_scores else f"are {'liked' if values[0] else 'disliked'}"
+        kind = "liked" if is_liked.all() else "disliked"
+        advice = ""
+        if threshold is not None:
+            kind += f", because their scores of {scores.min():g} to {scores.max():g} are "
+            kind += f"{'not ' if is_liked.all() else ''}below the threshold {threshold:g}"
+            advice = "Set another `score_threshold`. "
         raise UserError(
-            f"Single images must be of two kinds, liked and disliked. All {len(images)} images of the {name} data "
-            f"{kind}. Add images of the other kind, or hold out more images if these are the held-out ones. If you "
-            "have good images only, make their losers with `trl-diffusion-sdpo pairs generate --from_images`, or train "
-            "on them alone: `--loss_type sft --losers permute`."
+            f"Single images must be of two kinds, liked and disliked. All {len(images)} images of the {name} data are "
+            f"{kind}. {advice}Add images of the other kind, or hold out more images if these are the held-out ones. If "
+            "you have good images only, make their losers with `trl-diffusion-sdpo pairs generate --from_images`, or "
+            "train on them alone: `--loss_type sft --losers permute`."
         )
-    if has_scores:
-        least = scores[is_liked].min()
-        logger.info("%s data: images with a score of %g or more are liked, the others disliked.", name, least)
+    if threshold is not None:
+        logger.info("%s data: images with a score of %g or more are liked, the others disliked.", name, threshold)
     is_winner = ~is_liked if row_format.is_swapped else is_liked
     return _matched(images[is_winner], images[~is_winner], np.random.default_rng(ORDER))
+
+
+def median_score(values: Iterable[Any]) -> float | None:
+    """Return the median of the readable scores, or the next one above it if no score is below it. Return `None` if
+    there are none."""
+    readable = []
+    for value in values:
+        with contextlib.suppress(LabelError):
+            readable.append(finite_number(value))
+    scores = np.unique(readable)
+    if not len(scores):
+        return None
+    middle = float(np.median(readable))
+    return middle if scores[0] < middle else float(scores[:2][-1])
 
 
 def match_again(positions: np.ndarray, is_good: np.ndarray, buckets: np.ndarray | None) -> np.ndarray:
