@@ -433,6 +433,10 @@ def pairs_in_group(
     row_format: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
     """Yield the pairs of a group of rows. Call `reject` for bad prompts, bad labels and ties."""
+    if row_format.single_images:  # `match_in_order` has read them, and the winner comes first
+        (winner_row, _), (loser_row, _) = group
+        yield PairReference(winner_row, 0, loser_row, 0, None)
+        return
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked = True

@@ -322,10 +322,10 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         weights = dataset.weights
     streams = [Stream(rows, row_format, label, options) for label, rows, row_format in listed]
     check_columns([stream.format for stream in streams], options, name)
-    if any(stream.format.single_images for stream in streams):
+    if any(stream.format.has_image_scores and stream.format.score_threshold is None for stream in streams):
         raise UserError(
-            f"Single images are matched before the first batch, but the {name} data are a stream. Load the data "
-            "without `streaming=True`."
+            f"Single images with scores need `score_threshold` in a stream, whose median is not known, and it is unset "
+            f"for the {name} stream. Set it, or load the data without `streaming=True`."
         )
     if any(stream.format.source_columns for stream in streams):
         raise UserError(

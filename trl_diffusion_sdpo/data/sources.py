@@ -28,7 +28,7 @@ from .kept_index import kept_index
 from .mixtures import PairMixture, check_formats, repeat_by_weight
 from .number_columns import bad_seeds, numbers_of_rows
 from .pair_table import PairTable
-from .single_images import match_images, median_score
+from .single_images import class_names, match_images, median_score
 from .tables import as_table
 
 EXAMINED = datasets.Features(
@@ -184,13 +184,10 @@ class TableSource:
             order = np.argsort(positions, kind="stable")
             labels = labels.select(order)
         numbers = iter(order.tolist())
-        named = {}
-        if self.format.single_images:  # classes such as folders; in other formats, their numbers are labels
-            kinds = [(column, labels.features[column]) for (column,) in self.format.label_readers]
-            named = {column: kind.names for column, kind in kinds if isinstance(kind, datasets.ClassLabel)}
+        named = class_names(self.format, labels.features) if self.format.single_images else {}
         for batch in labels.iter(batch_size=ROWS_AT_ONCE):
             for column, names in named.items():
-                batch[column] = [names[number] if number in range(len(names)) else None for number in batch[column]]
+                batch[column] = [names.get(number) for number in batch[column]]
             for values in zip(*batch.values(), strict=True):
                 yield next(numbers), dict(zip(batch, values, strict=True))
 
