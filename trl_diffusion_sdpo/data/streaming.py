@@ -26,7 +26,7 @@ from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_g
 from .images import UndecodableImageError
 from .mixtures import check_formats, mixed
 from .pairs import Pairs
-from .single_images import class_names, match_in_order
+from .single_images import NumberedRow, class_names, match_in_order
 from .sources import StoredImage
 from .stream_position import READ, StreamPosition
 from .transforms import PairDraws
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
 READERS = 256  # DataLoader workers with counters of their own; with more, some share counters
 COMPARED_PAIRS = 16  # pairs at the start of a stream whose two images are compared
-Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
+Group = list[NumberedRow]  # row numbers, and rows whose images are compared with one another
 
 
 class Stream:
@@ -78,7 +78,7 @@ class Stream:
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
-        def numbered() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        def numbered() -> Iterator[NumberedRow]:
             for number, row in enumerate(rows):
                 report.rows += 1
                 yield number, {**row, **{column: names.get(row[column]) for column, names in self._classes.items()}}
