@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
+from tiny_pairs import picture
 from tiny_pipelines import case, quiet
 
 from trl_diffusion_sdpo.cache import encoding, key
@@ -437,6 +438,18 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
         path.unlink()
     assert "encoded 24 and 7" in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
     assert "encoded 0 and 0" in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
+
+
+def test_the_command_judges_held_out_images_as_a_trainer_does(sd_folder, tmp_path, capsys):
+    """By the median of the training images, 4: all held-out ones of 5 and 6 are liked, and refused."""
+    for name, scores in {"train": [1, 4, 6], "low": [1, 5], "high": [5, 6]}.items():
+        rows = [{"prompt": "p", "image": picture(score), "score": score} for score in scores]
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+    words = f"encode --model_name_or_path {sd_folder} --dataset_name {tmp_path}/train --use_cpu true --loss_type tgo"
+    words += f" --output_dir {tmp_path}/run --report_to none --precompute_dir {tmp_path}/cache --eval_dataset_name"
+    assert main([*words.split(), str(tmp_path / "low")]) == 0
+    assert main([*words.split(), str(tmp_path / "high")]) != 0
+    assert "not below the threshold 4" in capsys.readouterr().err
 
 
 def test_images_that_wait_for_their_shard_keep_no_files_open(make_cached, make_pairs, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -93,6 +94,18 @@ def test_scores_are_kept(made):
     first = prepared(data)
     assert prepared(data) == first and first[2] == [[0.7, 0.1], [0.2, 0.4]] and len(made) == 1
     assert prepared(data, PairOptions(PairTransform(8), verify_images="none", swap_labels=True)) != first
+
+
+def test_another_threshold_of_scores_has_another_index(made):
+    image = {"bytes": png(), "path": None}
+    data = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"], "image": [image] * 3, "score": [1.0, 2.0, 3.0]})
+
+    def disliked(threshold):
+        positions, _, _ = prepared(data, replace(OPTIONS, score_threshold=threshold))
+        return {row for _, _, row, _ in positions}
+
+    assert [disliked(threshold) for threshold in (None, 3.0, 2.0, None)] == [{0}, {0, 1}, {0}, {0}]
+    assert len(made) == 2  # the median is 2
 
 
 def test_a_mixture_is_kept_with_its_weights(made):

@@ -38,6 +38,16 @@ def mixture(shards):
     return prepare_dataset(PairMixture([pick_a_pic(shards), ranked], (3, 1)), OPTIONS)
 
 
+def single_images(shards):
+    """Thirteen shuffled images, of which every third one is liked; two cannot be decoded and one has no label."""
+    rows = [
+        {"prompt": f"s{i}", "image": b"junk" if i in (3, 4) else png(i), "label": None if i == 8 else i % 3 == 0}
+        for i in range(13)
+    ]
+    source = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
+    return prepare_dataset(source.shuffle(seed=3, buffer_size=5), OPTIONS)
+
+
 def batches(data, workers, share):
     collate = CollateStream(PreferenceCollator())
     loader = DataLoader(data.for_process(share), batch_size=2, num_workers=workers, collate_fn=collate)
@@ -45,7 +55,12 @@ def batches(data, workers, share):
 
 
 def outline(batch):
-    return batch and (batch["prompts"], batch["rows"].tolist(), batch["seeds"], batch["pixel_values"].sum().item())
+    return batch and (
+        batch["prompts"],
+        batch["rows"].tolist(),
+        batch["seeds"],
+        batch["pixel_values"].flatten(1).sum(1).tolist(),
+    )
 
 
 CASES = {
@@ -57,7 +72,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("stream", [stream, mixture])
+@pytest.mark.parametrize("stream", [stream, mixture, single_images])
 @pytest.mark.parametrize("case", CASES)
 def test_a_stream_goes_on_at_a_position(case, stream):
     workers, shards, share = CASES[case]

@@ -25,17 +25,25 @@ class NotingTrainer(DiffusionSDPOTrainer):
             os.fsync(file.fileno())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.note(self.state.global_step, inputs["prompts"])
+        self.note(
+            self.state.global_step, [inputs["prompts"], inputs["pixel_values"].flatten(1).float().sum(1).tolist()]
+        )
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-def main(folder: Path, steps: int, workers: int) -> None:
+def main(folder: Path, steps: int, workers: int, kind: str) -> None:
     rows = build_pairs(23, size=(16, 16)).cast_column("chosen", datasets.Image(decode=False)).to_list()
     rows = [{**row, "prompt": f"prompt {number}"} for number, row in enumerate(rows)]
     rows[4]["chosen"] = {"bytes": b"junk", "path": None}
+    if kind == "single images":
+        rows = [
+            {"prompt": row["prompt"], "image": row["chosen"], "label": number % 3 > 0}
+            for number, row in enumerate(rows)
+        ]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=6)
     args = DiffusionSDPOConfig(
         str(folder / "run"),
+        loss_type="tgo" if kind == "single images" else "sigmoid",
         max_steps=steps,
         save_steps=2,
         save_total_limit=2,
@@ -54,4 +62,4 @@ def main(folder: Path, steps: int, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

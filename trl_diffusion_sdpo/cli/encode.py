@@ -73,13 +73,15 @@ def _encode_alone(
     key = EncoderKey(frozen, loaded, peers(args))
     encoding = pair_encoding(frozen, key, args)
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    threshold = None
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:
             is_training = dataset is train_dataset
-            pairs = prepare_pairs(dataset, args, loss, name=name, training=is_training)
+            pairs = prepare_pairs(dataset, args, loss, name=name, training=is_training, score_threshold=threshold)
             check_source_column(pairs, loaded.family, args, name=name, training=is_training)
             assert isinstance(pairs, PreferenceDataset)  # `precompute_latents` refuses streams
             encoding.add_to(pairs, name)
+            threshold = pairs.source.score_threshold if is_training else threshold
     return encoding
 
 

@@ -10,8 +10,8 @@ from ..utils.errors import UserError
 
 SAMPLED_PAIRS = 128  # pairs to decode before training, within a second or two
 
-COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small", "cut_prompts")
-RARE = ("too_small", "cut_prompts")  # counts not listed if 0
+COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small", "unmatched", "cut_prompts")
+RARE = ("too_small", "unmatched", "cut_prompts")  # counts not listed if 0
 MAX_EXAMPLES = 5
 PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
 SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
@@ -34,6 +34,7 @@ class DataReport:
     bad_prompts: int = 0  # rows whose prompt is not a valid string
     bad_labels: int = 0  # rows in which a label, score, weight or noise seed is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
+    unmatched: int = 0  # single images of a stream before the first of the other kind
     cut_prompts: int = 0  # rows whose prompt is longer than `LONGEST_PROMPT`; these rows are kept
     unread: tuple[str, ...] = ()  # columns that are not read
     notes: tuple[str, ...] = ()  # further lines of the printed report
@@ -44,7 +45,7 @@ class DataReport:
     @property
     def dropped(self) -> int:
         """Number of all dropped rows and pairs."""
-        return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small
+        return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small + self.unmatched
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
         """Add `amount` to the count `kind`. Return whether the row is now one of the examples."""

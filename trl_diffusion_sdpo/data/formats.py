@@ -78,6 +78,7 @@ class PreferenceFormat:
             other pairs' winners.
         single_images (`bool`): Whether a row has one image and a verdict on it. `single_images.py` matches it with that
             of another row.
+        score_threshold (`float`, *optional*): Score from which on a single image is liked.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
         mask_columns (`tuple[str, ...]`): The mask column for both images, or one for each of the two image columns.
             Empty without masks.
@@ -100,9 +101,15 @@ class PreferenceFormat:
     prompt_of_each_image: bool = False
     has_losers: bool = True
     single_images: bool = False
+    score_threshold: float | None = None
     is_swapped: bool = False
     mask_columns: tuple[str, ...] = ()
     source_columns: tuple[str, ...] = ()
+
+    @property
+    def has_image_scores(self) -> bool:
+        """Whether scores say which single images are liked, in a format of [`resolve_format`]."""
+        return ("score",) in self.label_readers
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
         """Return the columns that this format needs and `column_names` lack."""
@@ -319,6 +326,7 @@ def resolve_format(
     score_reading: ScoreReading | None = None,
     is_swapped: bool = False,
     reads_verdicts: bool = True,
+    score_threshold: float | None = None,
 ) -> PreferenceFormat:
     """Return the format of a data set, by default detected from its columns, reduced to those that exist.
 
@@ -329,6 +337,7 @@ def resolve_format(
         score_reading (`ScoreReading`, *optional*): How the run reads scores.
         is_swapped (`bool`): Whether to exchange winner and loser of every pair.
         reads_verdicts (`bool`): Whether the format of single images may be detected. Without, they are `captioned`.
+        score_threshold (`float`, *optional*): Score from which on a single image is liked.
 
     Raises:
         ValueError: If the columns do not fit the format, or both the data and a setting say the scale of scores.
@@ -365,6 +374,8 @@ def resolve_format(
     if row_format.single_images:  # one column judges all rows
         column = next(names for names in row_format.label_readers if set(names) <= set(columns))
         row_format = replace(row_format, label_readers={column: row_format.label_readers[column]})
+        if row_format.has_image_scores:
+            row_format = replace(row_format, score_threshold=score_threshold)
     has_scores = use_scores and row_format.score_columns is not None and set(row_format.score_columns) <= set(columns)
     reading = score_reading or ScoreReading()
     is_described = has_scores and SCALE_COLUMN in columns
@@ -422,6 +433,10 @@ def pairs_in_group(
     row_format: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
     """Yield the pairs of a group of rows. Call `reject` for bad prompts, bad labels and ties."""
+    if row_format.single_images:  # `match_in_order` has read them, and the winner comes first
+        (winner_row, _), (loser_row, _) = group
+        yield PairReference(winner_row, 0, loser_row, 0, None)
+        return
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked = True

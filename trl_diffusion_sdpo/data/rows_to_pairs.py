@@ -62,6 +62,7 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
         is_swapped=options.swap_labels,
         number_columns=(*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ())),
         reads_verdicts=not options.permutes,
+        score_threshold=options.score_threshold,
     )
     check_columns(source.formats, options, name)
 
@@ -143,6 +144,16 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
             f"Single images, liked or disliked, cannot be used with {what} yet, as for the {name} data. Leave it out, "
             "or make pairs of the images."
         )
+    if options.training and options.score_threshold is not None:
+        if not any(row_format.has_image_scores for row_format in formats):
+            logger.warning(
+                "`score_threshold=%g` has no effect on the %s data: it judges single images by their column `score`, "
+                "and these have the format %s%s. Leave it out.",
+                options.score_threshold,
+                name,
+                "+".join(row_format.name for row_format in formats),
+                " with a `label`" if any(row_format.single_images for row_format in formats) else "",
+            )
     shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
     if options.noise_seeds and shared:
         raise UserError(
@@ -311,10 +322,10 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         weights = dataset.weights
     streams = [Stream(rows, row_format, label, options) for label, rows, row_format in listed]
     check_columns([stream.format for stream in streams], options, name)
-    if any(stream.format.single_images for stream in streams):
+    if any(stream.format.has_image_scores and stream.format.score_threshold is None for stream in streams):
         raise UserError(
-            f"Single images are matched before the first batch, but the {name} data are a stream. Load the data "
-            "without `streaming=True`."
+            f"Single images with scores need `score_threshold` in a stream, whose median is not known, and it is unset "
+            f"for the {name} stream. Set it, or load the data without `streaming=True`."
         )
     if any(stream.format.source_columns for stream in streams):
         raise UserError(

@@ -28,7 +28,7 @@ from .kept_index import kept_index
 from .mixtures import PairMixture, check_formats, repeat_by_weight
 from .number_columns import bad_seeds, numbers_of_rows
 from .pair_table import PairTable
-from .single_images import match_images
+from .single_images import class_names, match_images, median_score
 from .tables import as_table
 
 EXAMINED = datasets.Features(
@@ -125,6 +125,8 @@ class TableSource:
         seeds = [column for column in number_columns if column in SEED_COLUMNS]
         self.unread = [column for column in dataset.column_names if column not in (*texts, *images)]
         self.labels = dataset.with_format(None).select_columns(list(texts))
+        if row_format.has_image_scores and row_format.score_threshold is None:
+            self.format = replace(row_format, score_threshold=median_score(self.values("score")))
         self._images = dataset.with_format("arrow").select_columns(images)
         others = [*row_format.prompt_columns, *row_format.mask_columns, *seeds]
         columns = [*row_format.image_columns, *row_format.source_columns, *others]
@@ -183,13 +185,10 @@ class TableSource:
             order = np.argsort(positions, kind="stable")
             labels = labels.select(order)
         numbers = iter(order.tolist())
-        named = {}
-        if self.format.single_images:  # classes such as folders; in other formats, their numbers are labels
-            kinds = [(column, labels.features[column]) for (column,) in self.format.label_readers]
-            named = {column: kind.names for column, kind in kinds if isinstance(kind, datasets.ClassLabel)}
+        named = class_names(self.format, labels.features) if self.format.single_images else {}
         for batch in labels.iter(batch_size=ROWS_AT_ONCE):
             for column, names in named.items():
-                batch[column] = [names[number] if number in range(len(names)) else None for number in batch[column]]
+                batch[column] = [names.get(number) for number in batch[column]]
             for values in zip(*batch.values(), strict=True):
                 yield next(numbers), dict(zip(batch, values, strict=True))
 
@@ -288,6 +287,12 @@ class PairSource:
                 rows[row] = table.row(row - self._starts[number], with_images=with_images)
             images.append(StoredImage(table.format, rows[row], image))
         return images
+
+    @property
+    def score_threshold(self) -> float | None:
+        """Score from which on images are liked, or `None` if none have scores, or if data sets differ in it."""
+        thresholds = {row_format.score_threshold for row_format in self.formats if row_format.has_image_scores}
+        return thresholds.pop() if len(thresholds) == 1 else None
 
     def are_single_images(self, rows: np.ndarray) -> np.ndarray:
         """Return whether each of `rows` is an image by itself, in a mixture, as a mask."""
@@ -456,6 +461,7 @@ def make_source(
     is_swapped: bool = False,
     number_columns: Sequence[str] = (),
     reads_verdicts: bool = True,
+    score_threshold: float | None = None,
 ) -> PairSource:
     """Return the rows of a data set, a list of dicts or a mixture as a `PairSource`.
 
@@ -482,6 +488,7 @@ def make_source(
             score_reading=score_reading,
             is_swapped=is_swapped,
             reads_verdicts=reads_verdicts,
+            score_threshold=score_threshold,
         )
         tables.append(TableSource(table, row_format, label, number_columns))
     weights = dataset.weights if isinstance(dataset, PairMixture) else None

@@ -26,6 +26,7 @@ from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_g
 from .images import UndecodableImageError
 from .mixtures import check_formats, mixed
 from .pairs import Pairs
+from .single_images import NumberedRow, class_names, match_in_order
 from .sources import StoredImage
 from .stream_position import READ, StreamPosition
 from .transforms import PairDraws
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
 READERS = 256  # DataLoader workers with counters of their own; with more, some share counters
 COMPARED_PAIRS = 16  # pairs at the start of a stream whose two images are compared
-Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
+Group = list[NumberedRow]  # row numbers, and rows whose images are compared with one another
 
 
 class Stream:
@@ -55,7 +56,9 @@ class Stream:
             use_scores=options.use_scores,
             score_reading=options.score_reading,
             is_swapped=options.swap_labels,
+            score_threshold=options.score_threshold,
         )
+        self._classes = class_names(self.format, source.features) if self.format.single_images else {}
         self.source = source.with_format(None)
         read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
         self.unread = [column for column in columns if column not in read]
@@ -68,17 +71,21 @@ class Stream:
         part.source = split_dataset_by_node(self.source, share.index, share.count)
         return part
 
-    def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
-        """Read the stream once. Yield groups of rows whose images are compared, and count the rows in `report`."""
+    def groups(self, epoch: int, report: DataReport, reject: Reject) -> Iterator[Group]:
+        """Read the stream once. Yield groups of rows whose images are compared, and count the rows in `report`. Of
+        single images, yield those that are matched."""
         # A copy: in `datasets`, workers share a stream's epoch, but they may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
-        def numbered() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        def numbered() -> Iterator[NumberedRow]:
             for number, row in enumerate(rows):
                 report.rows += 1
-                yield number, row
+                yield number, {**row, **{column: names.get(row[column]) for column, names in self._classes.items()}}
 
+        if self.format.single_images:
+            yield from match_in_order(self.format, numbered(), self.name, reject)
+            return
         yield from groups(self.format, numbered())
 
 
@@ -88,7 +95,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
     Training processes divide the shards of a stream by `split_dataset_by_node` of `datasets`, and the DataLoader
     workers of a process its shards. If the shards are no multiple of the processes, each reads all labels but
     decodes only its share of the pairs. So do evaluations: all processes need the same number of pairs, and rows that
-    are compared must stay together.
+    are compared must stay together. Single images are matched by each reader within its share.
 
     An item's entry `row` is the number of its pair, unique in an epoch over all workers. With seed and epoch, it seeds
     the pair's random numbers. Bad pairs are skipped and counted. Rows whose images are compared must be consecutive.
@@ -120,7 +127,9 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.format.score_columns is not None for stream in streams)
         self.has_masks = any(stream.format.mask_columns for stream in streams)
-        self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
+        self.has_loser_prompts = any(
+            stream.format.prompt_of_each_image or stream.format.single_images for stream in streams
+        )
         self._compared = self._same = 0
         self._share = ALONE
         self._start: StreamPosition | None = None
@@ -256,7 +265,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
                 logger.warning("%s data: row %d (%s): %s", self._name, row, kind.replace("_", " "), reason)
 
         position = -1
-        for row_format, group in self._groups(report, epoch):
+        for row_format, group in self._groups(report, epoch, count):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
                 if deals_pairs and position % share.count != share.index:
@@ -315,12 +324,12 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
                 self._name,
             )
 
-    def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
+    def _groups(self, report: DataReport, epoch: int, reject: Reject) -> Iterator[tuple[PreferenceFormat, Group]]:
         """Yield groups of rows whose images are compared, in a mixture each from a randomly chosen stream."""
         streams = self._streams
         if self._divides_shards:
             streams = [stream.share(self._share) for stream in streams]
-        listed = [partial(stream.groups, epoch, report) for stream in streams]
+        listed = [partial(stream.groups, epoch, report, reject) for stream in streams]
         generator = np.random.default_rng([self._options.seed, epoch, len(streams), MIXING])
         for number, group in mixed(listed, self._weights, generator, restart=self._options.repeat):
             yield streams[number].format, group

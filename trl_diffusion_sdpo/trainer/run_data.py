@@ -48,6 +48,7 @@ class PairPreparation:
         self._loss = loss
         self._family = family
         self._encoding = encoding
+        self._threshold: float | None = None  # median score of the training images, by which held-out ones are judged
         self._own: WeakSet[Pairs] = WeakSet()  # data sets that this object has prepared
 
     def has_prepared(self, dataset: Any) -> bool:
@@ -63,10 +64,13 @@ class PairPreparation:
                 # errors.
                 return dataset.for_evaluation()
             return dataset
-        prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
+        prepared = prepare_pairs(
+            dataset, self._args, self._loss, name=name, training=training, score_threshold=self._threshold
+        )
         check_source_column(prepared, self._family, self._args, name=name, training=training)
         if isinstance(prepared, PreferenceDataset):
             if training:
+                self._threshold = prepared.source.score_threshold
                 check_full_batch(prepared, self._args)
             self._count_long_prompts(prepared, name)
             if training and self._args.should_log:
@@ -179,8 +183,19 @@ def outline(dataset: Any) -> Any:
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
 
 
-def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Pairs:
+def prepare_pairs(
+    dataset: Any,
+    args: DiffusionSDPOConfig,
+    loss: LossSpec,
+    *,
+    name: str,
+    training: bool,
+    score_threshold: float | None = None,
+) -> Pairs:
     """Return a user's data as a torch data set of pairs. Every process prepares all rows; the first checks the images.
+
+    Args:
+        score_threshold (`float`, *optional*): That of the training data, for held-out data if the setting is unset.
 
     Raises:
         `ValueError`: If the columns match no format or lack what the settings need, or no pair is usable.
@@ -213,6 +228,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         needs_masks=f"`mask_anchor={args.mask_anchor}`" if args.mask_anchor else "",
         needs_all_rows=(*scores.needs_all_rows, *(setting for setting, is_set in precomputed.items() if is_set)),
         score_reading=score_reading(args),
+        score_threshold=args.score_threshold if training or args.score_threshold is not None else score_threshold,
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
         noise_seeds=training and args.noise_source == "generated",

@@ -246,6 +246,11 @@ def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
             "`snr_gamma` of `weighting_kwargs` needs `timestep_weighting='min_snr'`, got "
             f"`timestep_weighting={args.timestep_weighting!r}`. Set it, or leave `snr_gamma` out."
         )
+    if args.score_threshold is not None and not math.isfinite(args.score_threshold):
+        yield (
+            f"`score_threshold` must be a finite number, got {args.score_threshold}. Set a score between those of good "
+            "and bad images, or leave it unset to use the median."
+        )
     if args.noise_offset and args.noise_source != "shared":
         yield (
             f"`noise_offset` needs `noise_source='shared'`, got `noise_offset={args.noise_offset}` and "

@@ -27,6 +27,10 @@ class DataArguments:
             Number of DataLoader workers that decode images, for each training process. Batches of map-style data do not
             depend on it. If unset, the trainer chooses: none for fewer than 512 pairs, at most one for a stream, at
             most four otherwise.
+        score_threshold (`float`, *optional*):
+            Score from which on an image is liked, for images that each have a `score`. Set it if your scores have a
+            scale, such as 4 of 5 stars, and for streams. If unset, the median of the training data, also for held-out
+            images.
         swap_labels (`bool`, *optional*, defaults to `False`):
             Whether to swap winner and loser of every pair, in training and evaluation data. The result prefers the
             worse images, and can be the `reference` of [`~trl_diffusion_sdpo.preference_guidance`].
@@ -89,6 +93,7 @@ class DataArguments:
     dataset_format: str | None = None
     dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset to use all cores.")] = None
     dataloader_num_workers: int | None = None
+    score_threshold: Annotated[float | None, RESUME] = None
     swap_labels: Annotated[bool, RESUME] = False
     losers: Annotated[Losers, RESUME] = "data"
     pair_weights: Annotated[str | None, RESUME] = None
