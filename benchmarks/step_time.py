@@ -33,6 +33,7 @@ ERRORS = {"precompute_ref_errors": True, "precompute_epochs": 1}
 # Name of a trainer of this package -> the settings in which it differs from the others.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "ours, parameter space": {"safeguard": "parameter"},
     "ours, errors": ERRORS,
     "ours, cached": LATENTS,
     "ours, cached, errors": LATENTS | ERRORS,
@@ -74,6 +75,10 @@ COMPARISONS = (
     Comparison("overhead", THIN, "lora", "plain Trainer", "bare loop"),
     Comparison("authors", "sd15", "full", "ours", "authors' step"),
     Comparison("diffusers", "sd15", "lora", "ours", "diffusers' script"),
+    Comparison("safeguard", "sd15", "full", "ours, parameter space", "ours", 1.08),
+    Comparison("safeguard", "sd15", "lora", "ours, parameter space", "ours", 1.05),
+    Comparison("safeguard", "sdxl", "full", "ours, parameter space", "ours", 1.08),
+    Comparison("safeguard", "sdxl", "lora", "ours, parameter space", "ours", 1.05),
     Comparison("cached", "sdxl", "full", "ours, cached", "ours", 1 / 1.3, whole=True),
     Comparison("cached", "sdxl", "lora", "ours, cached", "ours", 1 / 1.3, whole=True),
     Comparison("cached", "sdxl", "lora", "ours, cached, errors", "ours, errors", 1 / 1.3, whole=True),
@@ -189,7 +194,6 @@ def arguments_of(
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
         beta=BETA,
-        safeguard="output",  # the rule of the authors' step
         safeguard_mu=MU,
         use_cpu=options.device == "cpu",
         bf16=False,
@@ -199,7 +203,7 @@ def arguments_of(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **differing,
+        **{"safeguard": "output"} | differing,  # output space is the rule of the authors' step
         **caches,
         **settings,
     )

@@ -1,8 +1,9 @@
 """Draw the pictures of the documentation from committed results.
 
-    python benchmarks/studies/pictures.py                   # all pictures
-    python benchmarks/studies/pictures.py front.png         # one
-    python benchmarks/studies/pictures.py --measure         # new images for `guidance_grid.png`: trains what is missing
+    python benchmarks/studies/pictures.py                       # all pictures
+    python benchmarks/studies/pictures.py front.png             # one
+    python benchmarks/studies/pictures.py --measure guidance    # new images for it first: trains what is missing
+    python benchmarks/studies/pictures.py --measure step_pairs
 
 Phones show a picture at 360 pixels, so all text is large.
 """
@@ -15,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,37 +180,49 @@ def draw_edits() -> Figure:
     return grid(read_tiles(f"{STUDIES}/edit_images.png"), names, [""] * 6)
 
 
-def draw_guidance(facts: dict[str, Any]) -> Figure:
-    return grid(read_tiles(f"{STUDIES}/guidance_images.png"), facts["columns"], facts["prompts"], facts["scores"])
+def draw_grid(name: str, facts: dict[str, Any]) -> Figure:
+    return grid(read_tiles(f"{STUDIES}/{name}_images.png"), facts["columns"], facts["prompts"], facts["scores"])
 
 
 SEED = 0
 NOISES = 4  # initial noises of each prompt, from which the best image of the base is taken
 SHOWN = 4  # prompts
 SHAPES = ("square", "triangle")  # at 32 pixels, the base's circles and crosses are hard to tell from these
-COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {  # title -> row of the plan `rules`, and preference guidance
-    "base": ("base", {}),
-    "DPO": ("off_policy, DPO", {}),
-    "output\nmu 0.6": ("off_policy, output 0.6", {}),
-    "param.\nmu 0.8": ("off_policy, parameter 0.8", {}),
-    "param.,\nguided": ("off_policy, parameter 0.8", {"guidance": {"scale": 4.0, "interval": [0.0, 0.62]}}),
+# Name of a grid, and of its plan if no other is given -> title of a column -> row of the plan, and preference guidance.
+GRIDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "guidance": {
+        "base": ("base", {}),
+        "DPO": ("off_policy, DPO", {}),
+        "output\nmu 0.6": ("off_policy, output 0.6", {}),
+        "param.\nmu 0.8": ("off_policy, parameter 0.8", {}),
+        "param.,\nguided": ("off_policy, parameter 0.8", {"guidance": {"scale": 4.0, "interval": [0.0, 0.62]}}),
+    },
+    "step_pairs": {
+        "base": ("base", {}),
+        "recipe,\nguided 3": ("recipe", {"guidance": {"scale": 3.0}}),
+        "20 steps": ("step pairs, 20 steps", {}),
+        "20 steps,\nguided 2": ("step pairs, 20 steps", {"guidance": {"scale": 2.0}}),
+        "50 steps": ("step pairs, 50 steps", {}),
+    },
 }
+PLANS = {"guidance": "rules"}  # of grids that have another plan than their name
 
 
-def measure_guidance(weights: Path) -> None:
-    """Generate the images of `guidance_grid.png`, each column at its best scale of classifier-free guidance."""
+def measure_grid(name: str, weights: Path) -> None:
+    """Generate the images of a grid, each column at its best scale of classifier-free guidance."""
     import torch
-    from study import Study, load_plan
+    from step_pairs import StepStudy
+    from study import load_plan
 
     from trl_diffusion_sdpo.tools.demo.oracle import oracle
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("trl_diffusion_sdpo").setLevel(logging.ERROR)
-    study = Study(load_plan("rules"), weights)
+    study = StepStudy(load_plan(PLANS.get(name, name)), weights)
     chosen: tuple[list[str], Any] | None = None
     tiles, scores, scales = [], [], []
-    for row, sampled in COLUMNS.values():
+    for row, sampled in GRIDS[name].values():
         pipeline = study.load_base()
         if row != "base":
             pipeline.unet.load_state_dict(study.trained(row, SEED))
@@ -223,10 +237,10 @@ def measure_guidance(weights: Path) -> None:
         scales.append(scale)
     assert chosen is not None
     prompts = [prompt.replace(" on ", "\non ") for prompt in chosen[0]]
-    facts = {"columns": list(COLUMNS), "prompts": prompts, "scales": scales, "seed": SEED}
+    facts = {"columns": list(GRIDS[name]), "prompts": prompts, "scales": scales, "seed": SEED}
     facts["scores"] = np.transpose(scores).tolist()
-    write_tiles(ROOT / f"{STUDIES}/guidance_images.png", np.stack(tiles, axis=1))
-    (ROOT / f"{STUDIES}/guidance_images.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_tiles(ROOT / f"{STUDIES}/{name}_images.png", np.stack(tiles, axis=1))
+    (ROOT / f"{STUDIES}/{name}_images.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def drawn_prompts(study: Any, pipeline: Any, scale: float) -> tuple[list[str], Any]:
@@ -274,9 +288,12 @@ PICTURES = {
     "aspect_ratios.png": Picture(draw_aspect_ratios),
     "edit_grid.png": Picture(draw_edits, images=(f"{STUDIES}/edit_images.png",)),
     "front.png": Picture(draw_front, (f"{STUDIES}/rules.jsonl",)),
-    "guidance_grid.png": Picture(
-        draw_guidance, (f"{STUDIES}/guidance_images.json",), (f"{STUDIES}/guidance_images.png",)
-    ),
+    **{
+        f"{name}_grid.png": Picture(
+            partial(draw_grid, name), (f"{STUDIES}/{name}_images.json",), (f"{STUDIES}/{name}_images.png",)
+        )
+        for name in GRIDS
+    },
 }
 
 # Pictures that another program draws -> that program, and its results.
@@ -290,14 +307,14 @@ OTHERS = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(PICTURES)}; all if unset")
-    parser.add_argument("--measure", action="store_true", help="generate the images of guidance_grid.png first")
+    parser.add_argument("--measure", choices=GRIDS, help="generate the images of this grid first")
     parser.add_argument("--weights", type=Path, default=Path("bench_output/weights"), help="of the study's rows")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(PICTURES)
     if unknown:
         parser.error(f"there is no picture {', '.join(sorted(unknown))}; the pictures are {', '.join(PICTURES)}")
     if options.measure:
-        measure_guidance(options.weights)
+        measure_grid(options.measure, options.weights)
     for name in options.names or PICTURES:
         PICTURES[name].save(IMAGES / name)
         print(f"Wrote docs/images/{name}")
