@@ -239,7 +239,7 @@ def test_the_anchor_trains_whole_beside_the_safeguard(make_trainer, sd_folder, s
     gradient = anchor_by_hand(trainer_with(1.0), pair_weights)
     for weight in (3.0, 200.0):
         anchored, move = trained_step(trainer_with(weight))
-        assert anchored["safeguard/scale"] == log["safeguard/scale"]
+        assert anchored["safeguard/scale"] == pytest.approx(log["safeguard/scale"], rel=1e-5)  # of half batches
         assert_same_step(move - plain, -1e-2 * weight * gradient)
 
 
