@@ -1,6 +1,7 @@
 """Images that are liked or disliked by themselves: which is which, how they are matched, and what is refused."""
 
 import io
+import logging
 from collections import Counter
 
 import datasets
@@ -87,7 +88,10 @@ def test_scores_are_compared_with_their_median(scores, liked):
     check(prepare(judged(scores, "score")), liked, [row for row in range(5) if row not in liked])
 
 
-def test_the_report_says_how_images_were_matched_and_which_are_both():
+def test_the_report_says_how_images_were_matched_and_which_are_both(caplog):
+    with caplog.at_level(logging.INFO):
+        prepare(judged([1, 0]))
+    assert {record.levelname for record in caplog.records if "matched at random" in record.message} == {"INFO"}
     rows = judged(["up", "up", "up", "down", None, "gut"])
     prepared = prepare(rows.select([0, 1, 2, 3, 4, 5]))
     assert prepared.report.bad_labels == 2 and "'gut'" in str(prepared.report)
@@ -97,7 +101,9 @@ def test_the_report_says_how_images_were_matched_and_which_are_both():
     assert "are liked and disliked" not in str(prepared.report)
     both = datasets.concatenate_datasets([rows.select([0, 1]), rows.select([0, 3]).remove_columns("label")])
     both = both.remove_columns("label").add_column("label", ["up", "up", "down", "down"])
+    caplog.clear()
     assert "1 images are liked and disliked, with the same prompt" in str(prepare(both).report)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
 def test_the_matching_is_the_same_at_each_start_and_in_each_run():
@@ -198,6 +204,26 @@ def test_folders_of_liked_and_disliked_images(tmp_path, caplog):
     (tmp_path / "chosen").mkdir()
     with pytest.raises(ValueError, match="It has only chosen, liked, disliked"):
         load_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({"loss_type": "sigmoid", "safeguard": "output"}, ["WARNING"]),
+        ({"loss_type": ["tgo", "sigmoid"], "beta": 1.0, "safeguard": "none"}, ["WARNING"]),
+        ({"loss_type": "sigmoid", "safeguard": "parameter"}, ["INFO"]),
+        ({"loss_type": "kto"}, []),
+        ({"loss_type": "apo_zero"}, []),
+        ({"loss_type": "sft"}, []),
+        ({"losers": "permute", "dataset_format": "single_images"}, []),
+    ],
+)
+def test_a_loss_that_compares_matched_images_is_told(make_trainer, caplog, settings, levels):
+    with caplog.at_level(logging.INFO):
+        make_trainer(train=judged([1, 0, 1, 0]), eval_dataset=judged([1, 0, 1, 0]), **settings)
+    told = [record for record in caplog.records if "compares the two images" in record.message]
+    assert [record.levelname for record in told] == levels
+    assert all("Set `loss_type='tgo'`" in record.message for record in told)
 
 
 @pytest.mark.parametrize("loss_type", ["tgo", "kto"])

@@ -177,6 +177,19 @@ def test_kto_has_five_utilities(utility: str):
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_loss_that_compares_no_images_has_a_gradient_for_each_that_the_other_does_not_change(loss_type: str):
+    """Both errors above the reference's, where the mean gain of `kto` counts as 0."""
+    gradients = []
+    for loser in (2.0, 7.0):
+        winner = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+        shift = torch.ones(1, 1, dtype=torch.float64)
+        terms = replace(terms_of_errors(winner, loser, 1.0, 1.0), winner_shift=shift, scores=SCORES.view(2, 1))
+        loss = loss_spec(loss_type).pair_losses(terms, beta=0.5, **SETTINGS.get(loss_type, {}))
+        gradients.append(torch.autograd.grad(loss.sum(), winner)[0].item())
+    assert (gradients[0] != gradients[1]) == LOSSES[loss_type].compares_images
+
+
 def test_kto_compares_with_the_mean_of_all_processes_and_never_with_a_loss():
     terms = terms_of_errors([6.0], [5.0], 10.0, 5.0)  # gains 4 and 0
     for mean, z in ((2.5, 2.5), (-1.0, 0.0)):

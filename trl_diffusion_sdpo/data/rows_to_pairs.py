@@ -76,7 +76,8 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
     if source.single_images and len(pairs) and not options.permutes:
-        report.notes += peers.first(partial(notes_on_single_images, source, pairs))
+        report.matching, images_of_both_kinds = peers.first(partial(describe_matching, source, pairs))
+        report.notes += images_of_both_kinds
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
@@ -162,8 +163,8 @@ def notes_on_verdicts(source: PairSource) -> tuple[str, ...]:
     )
 
 
-def notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
-    """Return lines for the report: how liked and disliked images became pairs, and how many are both."""
+def describe_matching(source: PairSource, pairs: PairTable) -> tuple[str, tuple[str, ...]]:
+    """Return how liked and disliked images became pairs, and a note for the report if some are both."""
     positions = pairs.positions[source.are_single_images(pairs.positions[:, 0])]
     columns = (2, 0) if source.formats[0].is_swapped else (0, 2)
     liked, disliked = (np.unique(positions[:, column]) for column in columns)
@@ -179,7 +180,7 @@ def notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, .
     of_kinds = [set(map(content, rows[:EXAMINED_IMAGES].tolist())) for rows in (liked, disliked)]
     both = len(of_kinds[0] & of_kinds[1])
     some = f" of the first {EXAMINED_IMAGES} of each kind" if max(len(liked), len(disliked)) > EXAMINED_IMAGES else ""
-    return (matched, *([f"{both} images{some} are liked and disliked, with the same prompt"] if both else []))
+    return matched, (f"{both} images{some} are liked and disliked, with the same prompt",) if both else ()
 
 
 def _drop_bad_images(

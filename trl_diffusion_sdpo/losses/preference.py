@@ -448,6 +448,8 @@ class LossSpec:
         reads_reference_prediction (`bool`): Whether it also reads the reference's prediction, so that the reference's
             errors are not enough.
         uses_loser (`bool`): Whether the loss reads the loser's error. If not, the safeguard has no effect.
+        compares_images (`bool`): Whether the loss compares the two images of a pair, so that they should belong
+            together. If not, it reads each by itself.
         needs_scores (`bool`): Whether the loss reads reward scores.
         lowers_winner (`bool`): Whether, before the first step, the winner's part of the gradient lowers the winner's
             error. If not, lambda would stay 0, so the loss trains only without a safeguard, or in a sum.
@@ -477,6 +479,7 @@ class LossSpec:
     needs_reference: bool = True
     reads_reference_prediction: bool = False
     uses_loser: bool = True
+    compares_images: bool = True
     needs_scores: bool = False
     lowers_winner: bool = True
     equal_weights: bool = False
@@ -544,6 +547,7 @@ LossType = Literal[
 _POSITIVE: dict[str, Any] = {"equal_weights": True, "positive_weights": True, "anchor": "branch"}
 _LOGISTIC: dict[str, Any] = {"reads_logit_only": True, **_POSITIVE}
 _TARGETED: dict[str, Any] = {"reads_logit_only": True, "equal_weights": True}
+_BY_ITSELF: dict[str, Any] = {"compares_images": False, "anchor": "branch"}
 _DSPO: dict[str, Any] = {"reads_reference_prediction": True, "equal_weights": True}
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss, **_LOGISTIC),
@@ -553,7 +557,7 @@ LOSSES: dict[str, LossSpec] = {
     "dspo": LossSpec(dspo_loss, **_DSPO),
     "dspo_sdxl": LossSpec(dspo_sdxl_loss, **_DSPO),
     "dmpo": LossSpec(dmpo_loss, target_logit=_dmpo_target_logit, **_TARGETED),
-    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, **_POSITIVE),
+    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, compares_images=False, **_POSITIVE),
     "mapo": LossSpec(mapo_loss, needs_reference=False, anchor="branch"),
     "simpo": LossSpec(simpo_loss, needs_reference=False, **_POSITIVE),
     "dpop": LossSpec(dpop_loss, anchor="branch"),
@@ -565,10 +569,10 @@ LOSSES: dict[str, LossSpec] = {
         target_logit=_capo_target_logit,
         **_TARGETED,
     ),
-    "apo_zero": LossSpec(apo_zero_loss, anchor="branch"),
+    "apo_zero": LossSpec(apo_zero_loss, **_BY_ITSELF),
     "apo_down": LossSpec(apo_down_loss, lowers_winner=False),
-    "tgo": LossSpec(tgo_loss, anchor="branch"),
-    "kto": LossSpec(kto_loss, anchor="branch"),
+    "tgo": LossSpec(tgo_loss, **_BY_ITSELF),
+    "kto": LossSpec(kto_loss, **_BY_ITSELF),
 }
 
 _Range = tuple[str, Callable[[Any], bool]]  # description of a range, and a function that tests a value
@@ -721,6 +725,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         needs_reference=any(row.needs_reference for row in rows),
         reads_reference_prediction=any(row.reads_reference_prediction for row in rows),
         uses_loser=any(row.uses_loser for row in rows),
+        compares_images=any(row.compares_images for row in rows),
         needs_scores=any(row.needs_scores for row in rows),
         lowers_winner=any(row.lowers_winner for row in rows),
         equal_weights=equal,

@@ -65,6 +65,8 @@ class PairPreparation:
             return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
         check_source_column(prepared, self._family, self._args, name=name, training=training)
+        if training and self._args.should_log:
+            say_if_matched_images_are_compared(prepared, self._args, self._loss)
         if isinstance(prepared, PreferenceDataset):
             if training:
                 check_full_batch(prepared, self._args)
@@ -166,6 +168,21 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
                 args.precompute_epochs,
                 round(epochs, 1),
             )
+
+
+def say_if_matched_images_are_compared(pairs: Pairs, args: DiffusionSDPOConfig, loss: LossSpec) -> None:
+    """Log if the loss compares images that belong together only by chance. In the study of single images, this lost
+    nothing with `safeguard="parameter"`, the one safeguard that was tried, so it is no warning there."""
+    are_matched = "single_images" in pairs.report.format.split("+") and args.losers != "permute"
+    if not (are_matched and loss.compares_images):
+        return
+    logger.log(
+        logging.INFO if args.safeguard == "parameter" else logging.WARNING,
+        "%s data: the loss %r compares the two images of each pair, but liked and disliked images were matched at "
+        "random. Set `loss_type='tgo'` to train on each image by itself.",
+        pairs.report.name,
+        args.loss_type,
+    )
 
 
 def outline(dataset: Any) -> Any:
