@@ -180,7 +180,6 @@ def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():
         (judged(["chat", "chien"]), {}, "No pair is left.*'chat'"),
         (judged([float("nan"), float("nan")], "score"), {}, "No pair is left.*must be finite"),
         (judged([1, 0]), {"needs_scores": "`smpo`"}, "`smpo` needs pairs whose images both have a score"),
-        (judged([1, 0], source_image=png()), {}, "cannot be used with a `source` column"),
         (judged([1, 0]).to_iterable_dataset(), {}, "are a stream"),
     ],
 )

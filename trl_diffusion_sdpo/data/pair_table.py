@@ -17,7 +17,8 @@ class PairTable:
             row, and the same two numbers of the loser.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
             winner and loser, and `calibrated` replaces them. `weight` is the factor of a pair's loss. `size` is the
-            index of its bucket. `ref_errors` are the reference model's errors.
+            index of its bucket. `ref_errors` are the reference model's errors. `source_rows` and `sources_cut`,
+            `(P, 2)`, say which images the prompts of winner and loser edit, and how they are cropped.
     """
 
     positions: np.ndarray

@@ -134,7 +134,6 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
             "setting out."
         )
     refused = {
-        "a `source` column": has_sources,
         "`noise_source='generated'`": options.noise_seeds,
         "`pair_weights`": bool(options.number_columns),
     }
@@ -258,37 +257,45 @@ def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
 def _fit_sources(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> tuple[PairTable, dict[Size, set[tuple[Size, ...]]]]:
-    """Read the headers of all images, and add the column `sources_cut`: bit i says whether source i is cropped with its
-    pair. Also return the sizes that a pair's sources have in items, by the size at which the pair trains. Add a note to
-    the report if sources are not cropped with their pairs.
+    """Read the headers of all images, and add the columns `source_rows` and `sources_cut`, `(P, 2)`: the row with the
+    sources of winner and loser, and bit i of a number says whether source i is cropped with its pair. Also return the
+    sizes that sources have in items, by the size at which their pair trains. Add a note to the report if sources are
+    not cropped with their pairs.
+
+    The two images of a pair have one source, that of the winner's row, but single images each have their own.
 
     Pairs with an unreadable image are left out: they are counted when they are read.
     """
     images, _ = source.examine_images(
         pairs.positions, options.reader, decode=False, num_proc=options.num_proc, peers=peers
     )
-    rows, numbers = np.unique(pairs.positions[:, 0], return_inverse=True)
+    have_own = source.are_single_images(pairs.positions[:, 0])
+    source_rows = pairs.positions[:, [0, 2]]
+    source_rows[~have_own, 1] = source_rows[~have_own, 0]
+    rows, numbers = np.unique(source_rows, return_inverse=True)
     sizes_of_rows = source.source_sizes(rows, options.reader, num_proc=options.num_proc, peers=peers)
     targets = _targets(pairs, options).tolist()
     found: dict[Size, set[tuple[Size, ...]]] = {}
-    are_cut = np.zeros(len(pairs), dtype=np.int64)
-    whole = 0
-    for pair, (number, sizes) in enumerate(zip(numbers.tolist(), images.tolist(), strict=True)):
+    are_cut = np.zeros((len(pairs), 2), dtype=np.int64)
+    are_whole = np.zeros(len(pairs), dtype=bool)
+    numbers = numbers.reshape(-1, 2)  # a flat array in some versions of numpy
+    for (pair, side), number in np.ndenumerate(numbers):
         sources = sizes_of_rows[number]
         target = tuple(targets[pair])
-        if not sources or not all(map(all, sizes)):
+        if not sources or not images[pair].all():
             continue
-        is_cut = [options.transform.is_cut_with_pair(each, sizes, target) for each in sources]
-        are_cut[pair] = sum(cut << position for position, cut in enumerate(is_cut))
+        beside = images[pair, side : side + 1] if have_own[pair] else images[pair]
+        is_cut = [options.transform.is_cut_with_pair(each, beside.tolist(), target) for each in sources]
+        are_cut[pair, side] = sum(cut << position for position, cut in enumerate(is_cut))
         fitted = tuple(target if cut else each for each, cut in zip(sources, is_cut, strict=True))
         found.setdefault(target, set()).add(fitted)
-        whole += not all(is_cut)
-    if whole:
+        are_whole[pair] |= not all(is_cut)
+    if whole := int(are_whole.sum()):
         report.notes += (
             f"{whole} of {len(pairs)} pairs have a source whose shape differs from that of their images: it stays "
             "whole, and is not cropped with them",
         )
-    return pairs.with_columns(sources_cut=are_cut), found
+    return pairs.with_columns(source_rows=source_rows, sources_cut=are_cut), found
 
 
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:

@@ -340,8 +340,8 @@ class PairForward:
             pixels = pixels_as_floats(inputs["pixel_values"])
             with self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                # The encoded prompts have one row per pair or per image. The source image of an edit is encoded once
-                # per pair.
+                # The encoded prompts have one row per pair or per image, and so have the encoded source images of
+                # edits.
                 if "sources" in inputs:
                     conditioning = family.encode_edits(inputs["prompts"], inputs["sources"])
                 else:

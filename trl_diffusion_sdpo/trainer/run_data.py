@@ -112,10 +112,11 @@ def check_source_column(
         )
     assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
     batch = args.train_batch_size if training else args.eval_batch_size
+    are_together = batch > 1 or pairs.has_loser_sources
     for layouts in pairs.source_sizes.values():  # the pairs of a batch have one training size
         first, *others = sorted(layouts, key=len, reverse=True)
         family.pixels_of_sources([_blank(first)])
-        for layout in others if batch > 1 else ():
+        for layout in others if are_together else ():
             family.pixels_of_sources([_blank(first), _blank(layout)])
 
 
