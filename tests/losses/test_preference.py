@@ -158,6 +158,33 @@ def test_each_branch_is_weighed_by_its_own_reward(loss_type: str, winner_gradien
     assert (winner.grad.item(), loser.grad.item()) == pytest.approx((winner_gradient, loser_gradient), rel=1e-12)
 
 
+def test_tgo_weighs_each_image_by_the_distance_of_its_score_from_the_threshold():
+    # As above, r_w = log 3 and r_l = -log 9. With 5 as published, the weights are 1 + 5 * 0.3 and 1 + 5 * 0.1.
+    winner = torch.tensor([5 - LOG3], dtype=torch.float64, requires_grad=True)
+    loser = torch.tensor([1 + 2 * LOG3], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[0.3], [-0.1]], dtype=torch.float64)
+    terms = replace(terms_of_errors(winner, loser, 5.0, 1.0), scores=scores)
+    loss = LOSSES["tgo"].pair_losses(terms, beta=2.0, tgo_distance_weight=5.0)
+    assert loss.item() == pytest.approx((2.5 * math.log(4 / 3) + 1.5 * math.log(10 / 9)) / 2, rel=1e-12)
+    loss.sum().backward()
+    assert winner.grad.item() == pytest.approx(2.5 * (1 / 4) / 2, rel=1e-12)
+    assert loser.grad.item() == pytest.approx(-1.5 * (1 / 10) / 2, rel=1e-12)
+
+
+def test_tgo_needs_scores_only_to_weigh_images():
+    model, reference = torch.tensor(MODEL), torch.tensor(REFERENCE)
+    weighed = {"tgo_distance_weight": 2.0}
+    # Both terms are log(4/3), and the weights 1 + 2 log 3 and 1.
+    out = plain(model, torch.zeros(2, 1), reference, "tgo", LOG3 / 1.5, weighed, SCORES)
+    assert out.loss.item() == pytest.approx((2 + 2 * LOG3) / 2 * math.log(4 / 3))
+    with pytest.raises(ValueError, match="'tgo' needs `scores`"):
+        plain(model, torch.zeros(2, 1), reference, "tgo", LOG3 / 1.5, weighed)
+    with pytest.raises(ValueError, match="tgo_distance_weight.*at least 0"):
+        check_loss_kwargs("tgo", 1.0, {"tgo_distance_weight": -1.0})
+    with pytest.raises(ValueError, match="not a setting of the loss 'kto'"):
+        check_loss_kwargs("kto", 1.0, weighed)
+
+
 # Gains of winners 4 and 8 and of losers 0 and 4, so z = 4; b = beta / 2 = 1/2: x_w = 0 and 2, x_l = 2 and 0.
 UTILITIES = {  # h of the two winners, then of the two losers
     "sigmoid": ([0.5, 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-2)), 0.5]),

@@ -64,6 +64,8 @@ class PairOptions:
         needs_all_rows (`Sequence[str]`): Further settings that need all rows before the first batch, and so cannot be
             used with a stream.
         score_reading (`ScoreReading`, *optional*): What the loss needs of the scores.
+        score_distances (`bool`): Whether items have the scores of single images less their median, for
+            `tgo_distance_weight`.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read, for training, the seeds of the noise from which the images were
@@ -89,6 +91,7 @@ class PairOptions:
     needs_masks: str = ""
     needs_all_rows: Sequence[str] = ()
     score_reading: ScoreReading | None = None
+    score_distances: bool = False
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
     noise_seeds: bool = False

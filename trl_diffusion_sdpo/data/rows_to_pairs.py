@@ -79,6 +79,9 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
         report.matching, images_of_both_kinds = peers.first(partial(describe_matching, source, pairs))
         report.notes += images_of_both_kinds
 
+    if options.score_distances:
+        pairs = pairs.with_columns(scores=source.scores_from_median(pairs.positions))
+
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
     source_sizes: dict[Size, set[tuple[Size, ...]]] = {}
@@ -127,6 +130,14 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
         raise UserError(
             f"{options.needs_scores} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these "
             "columns. Score the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
+        )
+    are_scored = not options.permutes and all(("score",) in row_format.label_readers for row_format in formats)
+    if options.score_distances and not are_scored:
+        listed = "+".join(row_format.name for row_format in formats)
+        raise UserError(
+            "`tgo_distance_weight` needs single images that are liked or disliked by a `score`, and `losers='data'`. "
+            f"The {name} data (format {listed}) are not, or have a `label`, which comes first. Give each image a "
+            "`score` and no `label`, or leave the setting out."
         )
     if options.needs_masks and not has_masks:
         raise UserError(
@@ -304,6 +315,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         "`aspect_ratio_buckets` and `min_side`": options.reads_sizes,
         "`noise_source='generated'`": options.noise_seeds,
         "`pair_weights`": bool(options.number_columns),
+        "`tgo_distance_weight`": options.score_distances,
         **dict.fromkeys(options.needs_all_rows, True),
     }
     for setting, is_set in needs_all_rows.items():

@@ -294,6 +294,13 @@ class PairSource:
         of_tables = np.array([row_format.single_images for row_format in self.formats])
         return np.asarray(of_tables[np.searchsorted(self._starts, rows, side="right") - 1])
 
+    def scores_from_median(self, positions: np.ndarray) -> np.ndarray:
+        """Return how far the scores of single images are above the median of their data set, `(P, 2)`, for pairs at
+        `positions` `(P, 4)`."""
+        scores = [numbers_of_rows(table.values("score"), "score")[0][:, 0] for table in self.tables]
+        above = np.concatenate([of_table - np.nanmedian(of_table) for of_table in scores])
+        return above[positions[:, [0, 2]]]
+
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of `rows` without reading images. `image` (0 or 1) selects the image if each has its own
         prompt."""

@@ -231,6 +231,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         needs_masks=f"`mask_anchor={args.mask_anchor}`" if args.mask_anchor else "",
         needs_all_rows=(*scores.needs_all_rows, *(setting for setting, is_set in precomputed.items() if is_set)),
         score_reading=score_reading(args),
+        score_distances=bool(args.loss_kwargs.get("tgo_distance_weight")),
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
         noise_seeds=training and args.noise_source == "generated",
