@@ -411,6 +411,8 @@ def test_single_edits_train_and_are_evaluated_from_the_cache_as_without(name, ma
     expected = logs()
     assert "eval_loss" in expected[-1] and len(expected) > 3
     assert logs(precompute_latents=True) == expected
+    if name == "kontext":
+        assert logs(precompute_ref_errors=True, precompute_epochs=2) == expected
     monkeypatch.setattr(ImageReader, "decode", None)
     assert logs(precompute_latents=True) == expected
 

@@ -172,8 +172,8 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
 
 
 def say_if_matched_images_are_compared(pairs: Pairs, args: DiffusionSDPOConfig, loss: LossSpec) -> None:
-    """Log if the loss compares images that belong together only by chance. In the study of single images, this lost
-    nothing with `safeguard="parameter"`, the one safeguard that was tried, so it is no warning there."""
+    """Log if the loss compares images that belong together only by chance. With `safeguard="parameter"`, the study of
+    single images shows no difference to pairs, so it is no warning there. Others were not tried."""
     are_matched = "single_images" in pairs.report.format.split("+") and args.losers != "permute"
     if not (are_matched and loss.compares_images):
         return
