@@ -1,6 +1,7 @@
 """Images that are liked or disliked by themselves: which is which, how they are matched, and what is refused."""
 
 import io
+import logging
 from collections import Counter
 from itertools import islice
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pairs import JUNK, items_of, png, prepare
+from tiny_pairs import JUNK, canonical, items_of, png, prepare
 
 from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.data import PairMixture, single_images
@@ -155,7 +156,10 @@ def test_a_threshold_must_be_finite(make_args, threshold):
         make_args(score_threshold=threshold)
 
 
-def test_the_report_says_how_images_were_matched_and_which_are_both():
+def test_the_report_says_how_images_were_matched_and_which_are_both(caplog):
+    with caplog.at_level(logging.INFO):
+        prepare(judged([1, 0]))
+    assert {record.levelname for record in caplog.records if "matched at random" in record.message} == {"INFO"}
     rows = judged(["up", "up", "up", "down", None, "gut"])
     prepared = prepare(rows.select([0, 1, 2, 3, 4, 5]))
     assert prepared.report.bad_labels == 2 and "'gut'" in str(prepared.report)
@@ -165,7 +169,9 @@ def test_the_report_says_how_images_were_matched_and_which_are_both():
     assert "are liked and disliked" not in str(prepared.report)
     both = datasets.concatenate_datasets([rows.select([0, 1]), rows.select([0, 3]).remove_columns("label")])
     both = both.remove_columns("label").add_column("label", ["up", "up", "down", "down"])
+    caplog.clear()
     assert "1 images are liked and disliked, with the same prompt" in str(prepare(both).report)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
 def test_the_matching_is_the_same_at_each_start_and_in_each_run():
@@ -244,10 +250,21 @@ def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():
         (judged(["chat", "chien"]), {}, "No pair is left.*'chat'"),
         (judged([float("nan"), float("nan")], "score"), {}, "No pair is left.*must be finite"),
         (judged([1, 0]), {"needs_scores": "`smpo`"}, "`smpo` needs pairs whose images both have a score"),
-        (judged([1, 0], source_image=png()), {}, "cannot be used with a `source` column"),
         (judged([1, 2], "score").to_iterable_dataset(), {}, "need `score_threshold` in a stream.*Set it"),
-        (judged([1, 0], source_image=png()).to_iterable_dataset(), {}, "cannot be used with a `source` column"),
+        (judged([1, 0], source_image=png()).to_iterable_dataset(), {}, "Streams cannot have a `source` column"),
         (judged([1, 1]).to_iterable_dataset(), {"repeat": True}, "no pair.*2 unmatched.*row 0: .* so far are liked"),
+        (judged([1, 0], score=0.5), {"score_distances": True}, "`tgo_distance_weight` needs.*or have a `label`"),
+        (canonical(), {"score_distances": True}, "`tgo_distance_weight` needs.*format canonical"),
+        (
+            judged([1, 0], "score"),
+            {"score_distances": True, "losers": "permute", "dataset_format": "single_images"},
+            "`tgo_distance_weight` needs.*`losers='data'`",
+        ),
+        (
+            judged([1, 0], "score").to_iterable_dataset(),
+            {"score_distances": True},
+            "`tgo_distance_weight` must read all",
+        ),
     ],
 )
 def test_what_cannot_be_matched_is_refused(rows, settings, message):
@@ -443,6 +460,66 @@ def test_folders_of_liked_and_disliked_images(tmp_path, caplog):
     (tmp_path / "chosen").mkdir()
     with pytest.raises(ValueError, match="It has only chosen, liked, disliked"):
         load_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({"loss_type": "sigmoid", "safeguard": "output"}, ["WARNING"]),
+        ({"loss_type": ["tgo", "sigmoid"], "beta": 1.0, "safeguard": "none"}, ["WARNING"]),
+        ({"loss_type": "sigmoid", "safeguard": "parameter"}, ["INFO"]),
+        ({"loss_type": "kto"}, []),
+        ({"loss_type": "apo_zero"}, []),
+        ({"loss_type": "sft"}, []),
+        ({"losers": "permute", "dataset_format": "single_images"}, []),
+    ],
+)
+def test_a_loss_that_compares_matched_images_is_told(make_trainer, caplog, settings, levels):
+    with caplog.at_level(logging.INFO):
+        make_trainer(train=judged([1, 0, 1, 0]), eval_dataset=judged([1, 0, 1, 0]), **settings)
+    told = [record for record in caplog.records if "compares the two images" in record.message]
+    assert [record.levelname for record in told] == levels
+    assert all("Set `loss_type='tgo'`" in record.message for record in told)
+
+
+@pytest.mark.parametrize("swap_labels", [False, True])
+def test_scores_less_the_median_of_their_data_set_belong_to_each_half(swap_labels):
+    """A row without a score is dropped, and counts in no median."""
+    scores = [0.5, 0.125, 0.25, None, 0.75, 0.0625]
+    prepared = prepare(judged(scores, "score"), score_distances=True, swap_labels=swap_labels)
+    assert len(prepared) == 3 and prepared.report.bad_labels == 1
+    for item in prepared:
+        levels = [level - 1 for level in item["pixel_values"][:, 0, 0, 0].tolist()]
+        assert item["scores"] == tuple(scores[row] - 0.25 for row in levels)
+    stars = judged([5.0, 1.0, 3.0], "score").map(lambda row: {"prompt": "stars " + row["prompt"]})
+    mixed = prepare(PairMixture([judged(scores, "score"), stars]), score_distances=True)
+    found = {item["prompt"]: item["scores"][0] for item in mixed}
+    assert found == {"p 0": 0.25, "p 2": 0.0, "p 4": 0.5, "stars p 0": 2.0, "stars p 2": 0.0}
+    assert "scores" not in prepare(judged(scores, "score"))[0]
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_tgo_with_weights_trains_cached_as_live(make_trainer, safeguard):
+    """The median is 0, so the weights are 2, 3 and 1 in the 3 liked images, and 5 and 9 in the 2 disliked ones."""
+    rows = judged([0.5, 1.0, 0.0, -2.0, -4.0], "score")
+    weights = []
+    for settings in ({}, {"precompute_latents": True}):
+        trainer = make_trainer(
+            train=rows,
+            eval_dataset=rows,
+            loss_type="tgo",
+            loss_kwargs={"tgo_distance_weight": 2.0},
+            safeguard=safeguard,
+            **settings,
+        )
+        losers = trainer.train_dataset.positions[:, 2].tolist()
+        mean = (2 + 3 + 1 + sum({3: 5, 4: 9}[row] for row in losers)) / 6
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(mean * np.log(2), rel=1e-6)
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.denoiser.parameters()]))
+    assert torch.equal(*weights)
+    with pytest.raises(ValueError, match="`tgo_distance_weight` needs"):
+        make_trainer(train=judged([1, 0]), loss_type="tgo", loss_kwargs={"tgo_distance_weight": 2.0})
 
 
 @pytest.mark.parametrize("loss_type", ["tgo", "kto"])

@@ -46,7 +46,8 @@ def train_alone(run: dict, start: dict[str, str], folder: Path):
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
     run = with_places(run, start)
-    settings = {**run["args"], "per_device_train_batch_size": 2 * run["args"]["per_device_train_batch_size"]}
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    settings = {**run["args"], **{name: 2 * run["args"][name] for name in batches}}
     fixed = {"logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     data = datasets.load_from_disk(run["data"])
     trainer = DiffusionSDPOTrainer(

@@ -296,9 +296,8 @@ def test_what_an_engine_saves_loads_in_diffusers_and_is_what_ddp_saves(found, ne
 def kto_run(engine: str, tuning: str) -> dict:
     """Only winners pull, so the mean over all images, with which `kto` compares each, is soon far above 0."""
     args = {"loss_type": "kto", "beta": 2e4, "loss_kwargs": {"kto_loser_weight": 0.0}, "optim": "sgd"}
-    return build_run(
-        engine, tuning, "kto", {**args, "safeguard": "output", "learning_rate": 3e-3}, evaluated=EVALUATED
-    )
+    args |= {"safeguard": "output", "learning_rate": 3e-3, "eval_strategy": "steps", "eval_steps": STEPS}
+    return build_run(engine, tuning, "kto", args, evaluated=EVALUATED)
 
 
 @each(lambda engine, tuning: [kto_run(engine, tuning)], engines=EVERY_ENGINE, tunings=("full",))
@@ -311,6 +310,8 @@ def test_kto_compares_with_the_images_of_both_processes(found, needs, start, tmp
         entry["rewards/chosen"] + entry["rewards/rejected"] for entry in alone.state.log_history if "loss" in entry
     ]
     assert gains[-1] > 0.2  # twice beta / 2 times the mean gain
+    (validated,) = (entry["eval_loss"] for entry in alone.state.log_history if "eval_loss" in entry)
+    assert logged(found[0], "eval_loss") == [pytest.approx(validated, rel=1e-3)]
 
 
 # ---- The reference -------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Edit models: source images beside the prompt."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import find_family
@@ -343,6 +345,117 @@ def test_one_and_two_sources_in_a_batch_are_refused_at_the_start(fewer, precompu
     trainer = DiffusionSDPOTrainer(model.pipeline, None, edit_args(make_args, **settings), data)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+# ---- Single images, each with its own source and prompt
+
+
+def judged_edits(model, count=4, **columns):
+    rows = [row | {"image": row["chosen"], "label": i % 2 == 0, **columns} for i, row in enumerate(model.rows(count))]
+    return [{name: value for name, value in row.items() if name not in SIDES} for row in rows]
+
+
+@pytest.mark.parametrize("model", ["kontext", "longcat", "qwen_edit", "flux2_klein", "qwen_edit_plus"], indirect=True)
+def test_each_half_of_a_matched_pair_is_predicted_with_its_own_prompt_and_source(model, make_args):
+    """As if it were alone."""
+    data = judged_edits(model)
+    settings = {"resolution": model.resolution, "loss_type": "tgo", "per_device_train_batch_size": 2}
+    settings |= {"random_flip": False, "bf16": False}
+    trainer = DiffusionSDPOTrainer(model.pipeline, None, edit_args(make_args, **settings), data)
+    pairs = trainer.train_dataset
+    inputs = trainer._inputs_of([pairs[0], pairs[1]])
+    rows = [data[row] for row in pairs.positions[:2, [0, 2]].T.reshape(-1).tolist()]
+    assert [row["label"] for row in rows] == [True, True, False, False]
+    forward, family = trainer.pair_forward, trainer.pair_forward.family
+    with torch.no_grad():
+        batch = forward.noisy_batch(inputs)
+        together = forward.predict(trainer.denoiser, batch)
+        for i, row in enumerate(rows):
+            sources = row["source"] if model.number > 1 else [row["source"]]
+            for seen in (sources, [image(77, *each.size[::-1]) for each in sources]):
+                encoded = family.encode_edits([row["prompt"]], [seen])
+                alone = forward.predict(trainer.denoiser, replace(batch.take(slice(i, i + 1)), conditioning=encoded))
+                assert torch.allclose(together[i], alone[0], rtol=1e-4, atol=1e-5) == (seen is sources)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["kontext", "kontext, in buckets", "flux2_klein"])
+def test_single_edits_train_and_are_evaluated_from_the_cache_as_without(name, make_args, monkeypatch):
+    """With flips and dropped prompts, beside pairs, to the bit."""
+
+    def logs(**settings):
+        model_name, *in_buckets = name.split(",")
+        model = EditModel(model_name, monkeypatch)
+        single = judged_edits(model, 5)
+        settings |= {"max_steps": -1, "num_train_epochs": 2, "proportion_empty_prompts": 0.4, "loss_type": "tgo"}
+        settings |= {"resolution": model.resolution, "per_device_train_batch_size": 2}
+        data = PairMixture([datasets.Dataset.from_list(single), datasets.Dataset.from_list(model.rows(2))])
+        if in_buckets:  # cropped together
+            sizes = [(30, 61), (30, 61), (61, 30), (61, 30), (30, 61)]
+            images = [
+                {n: image(j, *size) for j, n in ((i, "image"), (9 + i, "source"))} for i, size in enumerate(sizes)
+            ]
+            data = single = [row | each for row, each in zip(single, images, strict=True)]
+            settings |= {"aspect_ratio_buckets": True, "bucket_kwargs": {"step": 8}, "resolution": 32}
+        args = edit_args(make_args, **settings)
+        trainer = DiffusionSDPOTrainer(model.pipeline, None, args, data, single, peft_config=LORA)
+        trainer.train()
+        trainer.evaluate()
+        history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+        return [
+            {k: v for k, v in each.items() if not {"flos", "runtime", "second"} & set(k.split("_"))}
+            for each in history
+        ]
+
+    expected = logs()
+    assert "eval_loss" in expected[-1] and len(expected) > 3
+    assert logs(precompute_latents=True) == expected
+    if name == "kontext":
+        found = logs(precompute_ref_errors=True, precompute_epochs=2)  # in other batches, which round differently
+        losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    monkeypatch.setattr(ImageReader, "decode", None)
+    assert logs(precompute_latents=True) == expected
+
+
+def test_a_source_is_cropped_and_flipped_as_its_own_image_in_buckets_too():
+    """Each source is its image, and images of a bucket have other shapes than that with which they are matched."""
+    sizes = [(30, 61), (44, 33), (33, 44), (40, 40), (61, 30), (30, 60)]
+    images = [image(i, *size) for i, size in enumerate(sizes)]
+    data = [{"prompt": "p", "image": each, "source": each, "label": i % 2} for i, each in enumerate(images)]
+    for buckets in (None, AspectRatioBuckets((32, 32), step=8)):
+        transform = PairTransform(32, center_crop=False, random_flip=True)
+        dataset = prepare_dataset(data, PairOptions(transform, buckets=buckets))
+        assert not dataset.report.notes or buckets
+        flipped = set()
+        for epoch in range(3):
+            dataset.set_epoch(epoch)
+            for item in dataset:
+                for pixels, (source,) in zip(
+                    item["pixel_values"], (item["sources"], item["loser_sources"]), strict=True
+                ):
+                    assert np.array_equal(source, pixels.permute(1, 2, 0))
+                flipped.add(item["is_mirrored"])
+        assert flipped == {True, False}
+
+
+def test_an_edit_without_a_source_costs_its_pair(kontext, make_args, caplog):
+    data = [{"prompt": "p", "image": image(i), "source": image(9 + i, 20, 44), "label": i < 2} for i in range(4)]
+    data[3]["source"] = b"no image"
+    for cached in (False, True):
+        args = edit_args(make_args, precompute_latents=cached, loss_type="tgo")
+        trainer = DiffusionSDPOTrainer(kontext, None, args, data, peft_config=None if cached else LORA)
+        bad = int(np.flatnonzero(trainer.train_dataset.positions[:, 2] == 3)[0])
+        assert trainer.train_dataset[bad]["row"] == 1 - bad and trainer.train_dataset.report.undecodable == 1
+    assert "row 3 has a source" in caplog.text
+
+
+def test_sources_of_matched_images_must_have_one_size_even_in_batches_of_one_pair(kontext, make_args):
+    sources = [image(9 + i, *size) for i, size in enumerate([(20, 44), (44, 20)])]
+    data = [{"prompt": "p", "image": image(i), "source": sources[i], "label": i} for i in range(2)]
+    with pytest.raises(ValueError, match="Single images are matched, so all of theirs must be equal"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, loss_type="tgo"), data, peft_config=LORA)
 
 
 def test_a_winner_budget_measures_sources_of_several_sizes_one_pair_at_a_time(kontext, make_args):

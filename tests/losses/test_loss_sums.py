@@ -41,6 +41,7 @@ def test_a_sum_is_the_weighted_sum_of_its_parts():
 def test_a_part_of_weight_zero_is_no_part():
     spec = loss_spec(["sigmoid", "sft"], [0.0, 2.0])
     assert not spec.uses_loser and not spec.needs_reference and not spec.uses_beta and spec.anchor == "branch"
+    assert not spec.compares_images and loss_spec(["tgo", "sigmoid"]).compares_images
     given = {"loss_weights": [0.0, 2.0], "beta": None, "dmpo_alpha": 0.1}
     out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], **given)
     assert out.loss.item() == 2.0

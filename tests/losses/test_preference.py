@@ -158,6 +158,33 @@ def test_each_branch_is_weighed_by_its_own_reward(loss_type: str, winner_gradien
     assert (winner.grad.item(), loser.grad.item()) == pytest.approx((winner_gradient, loser_gradient), rel=1e-12)
 
 
+def test_tgo_weighs_each_image_by_the_distance_of_its_score_from_the_threshold():
+    # As above, r_w = log 3 and r_l = -log 9. With 5 as published, the weights are 1 + 5 * 0.3 and 1 + 5 * 0.1.
+    winner = torch.tensor([5 - LOG3], dtype=torch.float64, requires_grad=True)
+    loser = torch.tensor([1 + 2 * LOG3], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[0.3], [-0.1]], dtype=torch.float64)
+    terms = replace(terms_of_errors(winner, loser, 5.0, 1.0), scores=scores)
+    loss = LOSSES["tgo"].pair_losses(terms, beta=2.0, tgo_distance_weight=5.0)
+    assert loss.item() == pytest.approx((2.5 * math.log(4 / 3) + 1.5 * math.log(10 / 9)) / 2, rel=1e-12)
+    loss.sum().backward()
+    assert winner.grad.item() == pytest.approx(2.5 * (1 / 4) / 2, rel=1e-12)
+    assert loser.grad.item() == pytest.approx(-1.5 * (1 / 10) / 2, rel=1e-12)
+
+
+def test_tgo_needs_scores_only_to_weigh_images():
+    model, reference = torch.tensor(MODEL), torch.tensor(REFERENCE)
+    weighed = {"tgo_distance_weight": 2.0}
+    # Both terms are log(4/3), and the weights 1 + 2 log 3 and 1.
+    out = plain(model, torch.zeros(2, 1), reference, "tgo", LOG3 / 1.5, weighed, SCORES)
+    assert out.loss.item() == pytest.approx((2 + 2 * LOG3) / 2 * math.log(4 / 3))
+    with pytest.raises(ValueError, match="'tgo' needs `scores`"):
+        plain(model, torch.zeros(2, 1), reference, "tgo", LOG3 / 1.5, weighed)
+    with pytest.raises(ValueError, match="tgo_distance_weight.*at least 0"):
+        check_loss_kwargs("tgo", 1.0, {"tgo_distance_weight": -1.0})
+    with pytest.raises(ValueError, match="not a setting of the loss 'kto'"):
+        check_loss_kwargs("kto", 1.0, weighed)
+
+
 # Gains of winners 4 and 8 and of losers 0 and 4, so z = 4; b = beta / 2 = 1/2: x_w = 0 and 2, x_l = 2 and 0.
 UTILITIES = {  # h of the two winners, then of the two losers
     "sigmoid": ([0.5, 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-2)), 0.5]),
@@ -175,6 +202,19 @@ def test_kto_has_five_utilities(utility: str):
     winners, losers = UTILITIES[utility]
     expected = [(1 - better + 3 * (1 - worse)) / 2 for better, worse in zip(winners, losers, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_loss_that_compares_no_images_has_a_gradient_for_each_that_the_other_does_not_change(loss_type: str):
+    """Both errors above the reference's, where the mean gain of `kto` counts as 0."""
+    gradients = []
+    for loser in (2.0, 7.0):
+        winner = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+        shift = torch.ones(1, 1, dtype=torch.float64)
+        terms = replace(terms_of_errors(winner, loser, 1.0, 1.0), winner_shift=shift, scores=SCORES.view(2, 1))
+        loss = loss_spec(loss_type).pair_losses(terms, beta=0.5, **SETTINGS.get(loss_type, {}))
+        gradients.append(torch.autograd.grad(loss.sum(), winner)[0].item())
+    assert (gradients[0] != gradients[1]) == LOSSES[loss_type].compares_images
 
 
 def test_kto_compares_with_the_mean_of_all_processes_and_never_with_a_loss():

@@ -93,6 +93,38 @@ def test_each_noise_bin_has_its_own_lambda(build):
     assert trainer.state.log_history[0]["safeguard/scale"] == pytest.approx(float(scales.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("real", [0, 3, 4])
+def test_kto_is_evaluated_against_the_pairs_of_all_processes_that_count(build, real):
+    """Another process has 2 pairs, with a mean gain of 0.5. Each process asks the others once a batch."""
+    trainer = build("none", loss_type="kto", beta=4.0)
+    calls = []
+
+    def average(of_this_process):
+        calls.append(of_this_process)
+        return (of_this_process + torch.tensor([2 * 0.5, 2.0])) / 2
+
+    forward = trainer.pair_forward
+    forward._average = average
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        predictions = forward.predict_pairs(trainer.model, inputs)
+        trainer._evaluation.begin(trainer.train_dataset, "eval", before_training=False)
+        trainer._evaluation.add([predictions], real)
+    target = predictions.batch.target
+    policy, reference = (
+        (prediction - target).double().square().flatten(1).mean(1)
+        for prediction in (predictions.policy, predictions.reference)
+    )
+    gains = (reference - policy).view(2, 4)
+    z = max(0.0, float((gains[:, :real].sum() / 2 + 2 * 0.5) / (real + 2)))
+    winner, loser = gains[:, : real or 4]
+    expected = (1 - torch.sigmoid(2 * (winner - z)) + 1 - torch.sigmoid(-2 * (loser - z))).mean() / 2
+    assert len(calls) == 1 and z > 0
+    measured = trainer._evaluation.drain(trainer.accelerator)
+    assert ("loss" in measured) == (real > 0)
+    assert measured.get("loss", float(expected)) == pytest.approx(float(expected), rel=1e-5)
+
+
 # ---- Evaluation by noise level -------------------------------------------------------------------------------------
 
 

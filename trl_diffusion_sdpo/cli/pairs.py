@@ -224,8 +224,8 @@ def _pick(options: argparse.Namespace) -> None:
         pass
     finally:
         session.close()
-    rows = "images" if options.thumbs else "pairs"
-    print(f"\n{session.judged} picks so far. {folder / session.file_name} has {session.pairs} {rows}.")
+    kind = "images" if options.thumbs else "pairs"
+    print(f"\n{session.judged} picks so far. {folder / session.file_name} has {session.rows} {kind}.")
     for reason, count in session.unused.items():
         print(f"Not used: {count} picks {reason}.")
     for sentence in session.result():

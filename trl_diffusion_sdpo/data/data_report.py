@@ -40,6 +40,7 @@ class DataReport:
     notes: tuple[str, ...] = ()  # further lines of the printed report
     is_swapped: bool = False  # whether winners are the images that the data set calls losers
     is_permuted: bool = False  # whether losers are the winners of other pairs
+    matching: str = ""  # how single images became pairs
     examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # dropped rows and reasons
 
     @property
@@ -66,6 +67,8 @@ class DataReport:
             lines.append(f"  {SWAPPED}")
         if self.is_permuted:
             lines.append(f"  {PERMUTED}")
+        if self.matching:
+            lines.append(f"  {self.matching}")
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

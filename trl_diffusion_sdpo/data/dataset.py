@@ -66,6 +66,8 @@ class PairOptions:
         score_reading (`ScoreReading`, *optional*): What the loss needs of the scores.
         score_threshold (`float`, *optional*): Score from which on a single image is liked. By default, the median of
             each data set.
+        score_distances (`bool`): Whether items have the scores of single images less their threshold, for
+            `tgo_distance_weight`.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read, for training, the seeds of the noise from which the images were
@@ -92,6 +94,7 @@ class PairOptions:
     needs_all_rows: Sequence[str] = ()
     score_reading: ScoreReading | None = None
     score_threshold: float | None = None
+    score_distances: bool = False
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
     noise_seeds: bool = False
@@ -129,7 +132,7 @@ class PreferenceDataset(Pairs):
     - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(2,)`), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, resized and
-      cropped like `pixel_values` if they have the pair's shape, else whole;
+      cropped like `pixel_values` if they have the pair's shape, else whole. `loser_sources`, if losers have their own;
     - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the initial noise of winner and loser;
     - `repeated` (`bool`), with aspect-ratio buckets: whether the pair only fills up a batch.
 
@@ -172,6 +175,7 @@ class PreferenceDataset(Pairs):
         self.has_scores = "scores" in pairs.columns
         self.has_masks = source.has_masks
         self.has_sources = source.has_sources
+        self.has_loser_sources = source.has_sources and source.single_images
         self.source_sizes = source_sizes or {}
 
     def __len__(self) -> int:
@@ -218,17 +222,17 @@ class PreferenceDataset(Pairs):
             loser_wins = loser_pair is not None  # the pair that it is taken from
             item["noise_seeds"] = winner.noise_seed(is_winner=True), loser.noise_seed(is_winner=loser_wins)
         if self._encoded is not None:
-            edited = (self._source_key(pair), item["is_mirrored"]) if self.has_sources else None
-            item |= self._encoded.conditioning(item["prompt"], edited)
+            edited = [
+                (self._source_key(pair, side), item["is_mirrored"]) if self.has_sources else None for side in (0, 1)
+            ]
+            item |= self._encoded.conditioning(item["prompt"], edited[0])
             if self.has_loser_prompts:
-                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited)
+                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited[1])
         elif self.has_sources:
-            item["sources"] = self._fit_sources(
-                winner.sources(options.reader),
-                self._source_key(pair),
-                item["is_mirrored"],
-                item["crop_top_lefts"][0],
-            )
+            for side, name in enumerate(("sources", "loser_sources") if self.has_loser_sources else ("sources",)):
+                key = self._source_key(pair, side)
+                sources = (winner if key[0] == positions[0][0] else loser).sources(options.reader)
+                item[name] = self._fit_sources(sources, key, item["is_mirrored"], item["crop_top_lefts"][side])
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
@@ -505,16 +509,18 @@ class PreferenceDataset(Pairs):
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
         prompts = dict(self._prompts_by_row())
-        for pair, row in enumerate(self.positions[:, 0].tolist()):
+        rows = self.positions[:, [0, 2] if self.has_loser_sources else [0]]
+        for (pair, side), row in np.ndenumerate(rows):
             for is_mirrored in (False, True) if flips else (False,):
-                for prompt in prompts[row] + empty:
-                    yield self._source_key(pair), is_mirrored, prompt
+                for prompt in prompts[int(row)] + empty:
+                    yield self._source_key(pair, side), is_mirrored, prompt
 
-    def _source_key(self, pair: int) -> tuple[int, int, int]:
-        """Return what the sources of a pair depend on: their row, one bit for each that is cropped with the pair, and
-        the pair's bucket."""
+    def _source_key(self, pair: int, side: int) -> tuple[int, int, int]:
+        """Return what the sources of a pair's winner (`side` 0) or loser (`side` 1) depend on: their row, one bit for
+        each that is cropped with the pair, and the pair's bucket."""
         bucket = 0 if self.sizes is None else int(self.sizes.numbers[pair])
-        return int(self.positions[pair, 0]), int(self._pairs.columns["sources_cut"][pair]), bucket
+        columns = self._pairs.columns
+        return int(columns["source_rows"][pair, side]), int(columns["sources_cut"][pair, side]), bucket
 
     def sources_of(self, key: tuple[int, int, int], is_mirrored: bool) -> list[Image.Image]:
         """Return the source images with a key of `edits`, cropped at the center, as in items.
@@ -612,7 +618,8 @@ class PreferenceCollator:
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if there is a mask column;
     - `noise_seeds` (`list[int]` of length 2B, winners first), if training reads them: seeds of the images' initial
       noise;
-    - `sources` (`list[list[PIL.Image.Image]]` of length B), if there is a source column;
+    - `sources` (`list[list[PIL.Image.Image]]` of length B, or 2B if losers have their own, winners first), if there is
+      a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2B,)`, winners first), if computed before training.
 
@@ -646,7 +653,8 @@ class PreferenceCollator:
         if "noise_seeds" in items[0]:
             batch["noise_seeds"] = _winners_first(items, "noise_seeds")
         if "sources" in items[0]:
-            batch["sources"] = [item["sources"] for item in items]
+            names = [name for name in ("sources", "loser_sources") if name in items[0]]
+            batch["sources"] = [item[name] for name in names for item in items]
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
         if "scores" in items[0]:

@@ -16,8 +16,10 @@ class PairTable:
         positions (`np.ndarray` of shape `(P, 4)`): Row number of the winner, number of the winner's image within this
             row, and the same two numbers of the loser.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
-            winner and loser, and `calibrated` replaces them. `weight` is the factor of a pair's loss. `size` is the
-            index of its bucket. `ref_errors` are the reference model's errors.
+            winner and loser, those of single images less their threshold, and `calibrated` replaces them. `weight` is
+            the factor of a pair's loss. `size` is the index of its bucket. `ref_errors` are the reference model's
+            errors. `source_rows` and `sources_cut`, `(P, 2)`, say which images the prompts of winner and loser edit,
+            and how they are cropped.
     """
 
     positions: np.ndarray

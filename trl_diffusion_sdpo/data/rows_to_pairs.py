@@ -77,7 +77,11 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
     if source.single_images and len(pairs) and not options.permutes:
-        report.notes += peers.first(partial(notes_on_single_images, source, pairs))
+        report.matching, images_of_both_kinds = peers.first(partial(describe_matching, source, pairs))
+        report.notes += images_of_both_kinds
+
+    if options.score_distances:
+        pairs = pairs.with_columns(scores=source.scores_from_threshold(pairs.positions))
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
@@ -128,13 +132,20 @@ def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, nam
             f"{options.needs_scores} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these "
             "columns. Score the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
         )
+    are_scored = not options.permutes and all(("score",) in row_format.label_readers for row_format in formats)
+    if options.score_distances and not are_scored:
+        listed = "+".join(row_format.name for row_format in formats)
+        raise UserError(
+            "`tgo_distance_weight` needs single images that are liked or disliked by a `score`, and `losers='data'`. "
+            f"The {name} data (format {listed}) are not, or have a `label`, which comes first. Give each image a "
+            "`score` and no `label`, or leave the setting out."
+        )
     if options.needs_masks and not has_masks:
         raise UserError(
             f"{options.needs_masks} needs data with a mask column, and the {name} data have none. Add it, or leave the "
             "setting out."
         )
     refused = {
-        "a `source` column": has_sources,
         "`noise_source='generated'`": options.noise_seeds,
         "`pair_weights`": bool(options.number_columns),
     }
@@ -173,8 +184,8 @@ def notes_on_verdicts(source: PairSource) -> tuple[str, ...]:
     )
 
 
-def notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, ...]:
-    """Return lines for the report: how liked and disliked images became pairs, and how many are both."""
+def describe_matching(source: PairSource, pairs: PairTable) -> tuple[str, tuple[str, ...]]:
+    """Return how liked and disliked images became pairs, and a note for the report if some are both."""
     positions = pairs.positions[source.are_single_images(pairs.positions[:, 0])]
     columns = (2, 0) if source.formats[0].is_swapped else (0, 2)
     liked, disliked = (np.unique(positions[:, column]) for column in columns)
@@ -190,7 +201,7 @@ def notes_on_single_images(source: PairSource, pairs: PairTable) -> tuple[str, .
     of_kinds = [set(map(content, rows[:EXAMINED_IMAGES].tolist())) for rows in (liked, disliked)]
     both = len(of_kinds[0] & of_kinds[1])
     some = f" of the first {EXAMINED_IMAGES} of each kind" if max(len(liked), len(disliked)) > EXAMINED_IMAGES else ""
-    return (matched, *([f"{both} images{some} are liked and disliked, with the same prompt"] if both else []))
+    return matched, (f"{both} images{some} are liked and disliked, with the same prompt",) if both else ()
 
 
 def _drop_bad_images(
@@ -268,37 +279,45 @@ def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
 def _fit_sources(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> tuple[PairTable, dict[Size, set[tuple[Size, ...]]]]:
-    """Read the headers of all images, and add the column `sources_cut`: bit i says whether source i is cropped with its
-    pair. Also return the sizes that a pair's sources have in items, by the size at which the pair trains. Add a note to
-    the report if sources are not cropped with their pairs.
+    """Read the headers of all images, and add the columns `source_rows` and `sources_cut`, `(P, 2)`: the row with the
+    sources of winner and loser, and bit i of a number says whether source i is cropped with its pair. Also return the
+    sizes that sources have in items, by the size at which their pair trains. Add a note to the report if sources are
+    not cropped with their pairs.
+
+    The two images of a pair have one source, that of the winner's row, but single images each have their own.
 
     Pairs with an unreadable image are left out: they are counted when they are read.
     """
     images, _ = source.examine_images(
         pairs.positions, options.reader, decode=False, num_proc=options.num_proc, peers=peers
     )
-    rows, numbers = np.unique(pairs.positions[:, 0], return_inverse=True)
+    have_own = source.are_single_images(pairs.positions[:, 0])
+    source_rows = pairs.positions[:, [0, 2]]
+    source_rows[~have_own, 1] = source_rows[~have_own, 0]
+    rows, numbers = np.unique(source_rows, return_inverse=True)
     sizes_of_rows = source.source_sizes(rows, options.reader, num_proc=options.num_proc, peers=peers)
     targets = _targets(pairs, options).tolist()
     found: dict[Size, set[tuple[Size, ...]]] = {}
-    are_cut = np.zeros(len(pairs), dtype=np.int64)
-    whole = 0
-    for pair, (number, sizes) in enumerate(zip(numbers.tolist(), images.tolist(), strict=True)):
+    are_cut = np.zeros((len(pairs), 2), dtype=np.int64)
+    are_whole = np.zeros(len(pairs), dtype=bool)
+    numbers = numbers.reshape(-1, 2)  # a flat array in some versions of numpy
+    for (pair, side), number in np.ndenumerate(numbers):
         sources = sizes_of_rows[number]
         target = tuple(targets[pair])
-        if not sources or not all(map(all, sizes)):
+        if not sources or not images[pair].all():
             continue
-        is_cut = [options.transform.is_cut_with_pair(each, sizes, target) for each in sources]
-        are_cut[pair] = sum(cut << position for position, cut in enumerate(is_cut))
+        beside = images[pair, side : side + 1] if have_own[pair] else images[pair]
+        is_cut = [options.transform.is_cut_with_pair(each, beside.tolist(), target) for each in sources]
+        are_cut[pair, side] = sum(cut << position for position, cut in enumerate(is_cut))
         fitted = tuple(target if cut else each for each, cut in zip(sources, is_cut, strict=True))
         found.setdefault(target, set()).add(fitted)
-        whole += not all(is_cut)
-    if whole:
+        are_whole[pair] |= not all(is_cut)
+    if whole := int(are_whole.sum()):
         report.notes += (
             f"{whole} of {len(pairs)} pairs have a source whose shape differs from that of their images: it stays "
             "whole, and is not cropped with them",
         )
-    return pairs.with_columns(sources_cut=are_cut), found
+    return pairs.with_columns(source_rows=source_rows, sources_cut=are_cut), found
 
 
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
@@ -307,6 +326,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         "`aspect_ratio_buckets` and `min_side`": options.reads_sizes,
         "`noise_source='generated'`": options.noise_seeds,
         "`pair_weights`": bool(options.number_columns),
+        "`tgo_distance_weight`": options.score_distances,
         **dict.fromkeys(options.needs_all_rows, True),
     }
     for setting, is_set in needs_all_rows.items():

@@ -299,6 +299,16 @@ class PairSource:
         of_tables = np.array([row_format.single_images for row_format in self.formats])
         return np.asarray(of_tables[np.searchsorted(self._starts, rows, side="right") - 1])
 
+    def scores_from_threshold(self, positions: np.ndarray) -> np.ndarray:
+        """Return how far the scores of single images are above the threshold of their data set, `(P, 2)`, for pairs at
+        `positions` `(P, 4)`."""
+        scores = [numbers_of_rows(table.values("score"), "score")[0][:, 0] for table in self.tables]
+        thresholds = [
+            row_format.score_threshold or 0.0 for row_format in self.formats
+        ]  # unset if no score is readable
+        above = np.concatenate([of_table - least for of_table, least in zip(scores, thresholds, strict=True)])
+        return above[positions[:, [0, 2]]]
+
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of `rows` without reading images. `image` (0 or 1) selects the image if each has its own
         prompt."""

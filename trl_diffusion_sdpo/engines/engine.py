@@ -238,7 +238,7 @@ class Engine:
     # ---- Weights --------------------------------------------------------------------------------------------------
 
     def average(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the mean of a scalar over all processes, which must call this together."""
+        """Return the mean of a tensor over all processes, which must call this together."""
         return cast(torch.Tensor, self.accelerator.reduce(value, "mean"))
 
     def reshard(self) -> None:

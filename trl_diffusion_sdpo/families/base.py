@@ -252,10 +252,12 @@ class Family(ABC):
 
         Args:
             prompts (`list[str]` of length N, or 2N for winners and losers): The prompts.
-            sources (`list[list[PIL.Image.Image]]` of length N): The RGB source images of each pair.
+            sources (`list[list[PIL.Image.Image]]` of length N, or 2N with 2N prompts): The RGB source images of each
+                pair, or of each image.
 
         Returns:
-            `dict[str, torch.Tensor]`: Embeddings with a row for each prompt, and latents with a row for each pair.
+            `dict[str, torch.Tensor]`: Embeddings with a row for each prompt, and latents with a row for each entry of
+            `sources`.
         """
         return self.encode_prompts(prompts) | self.encode_sources(sources)
 
@@ -282,7 +284,7 @@ class Family(ABC):
                 "All pairs of a batch must have the same number of source images, with equal sizes after resizing. Got "
                 f"pairs with source images of these resized sizes (height, width): {sorted(sizes)}. Set "
                 "`per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
-                "`gradient_accumulation_steps`."
+                "`gradient_accumulation_steps`. Single images are matched, so all of theirs must be equal."
             )
         return [torch.cat(images) for images in zip(*pixels, strict=True)]
 

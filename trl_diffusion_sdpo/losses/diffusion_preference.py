@@ -96,7 +96,8 @@ def diffusion_preference_loss(
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Index of each pair's noise bin, in `[0,
             num_noise_bins)`, for the granularity `"noise_bin"`.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins (ranges of noise levels).
-        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first, for `smpo` and `capo`.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first, for `smpo` and `capo`, and
+            less the threshold for `tgo_distance_weight`.
         average (`Callable`, *optional*): Averages a scalar over processes, for `kto`. See [`PairTerms`].
         loss_kwargs (`float` or `str`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `kto_utility`.
 
@@ -124,7 +125,9 @@ def diffusion_preference_loss(
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps, spec, loss_type)
     _check_output_space(safeguard, safeguard_granularity, noise_bins)
     _check_predictions(model_pred, target, ref_pred, ref_errors)
-    _check_needs(repr(loss_type), spec, beta, ref_pred, ref_errors, scores, rows=len(model_pred))
+    _check_needs(repr(loss_type), spec, beta, ref_pred, ref_errors)
+    if spec.reads_scores(loss_kwargs):
+        _check_scores(repr(loss_type), scores, rows=len(model_pred))
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
 
     # For a loss that reads scores, the higher score wins.
@@ -337,9 +340,6 @@ def _check_needs(
     beta: float | None,
     ref_pred: torch.Tensor | None,
     ref_errors: torch.Tensor | None,
-    scores: torch.Tensor | None,
-    *,
-    rows: int,
 ) -> None:
     if spec.needs_reference and ref_pred is None and ref_errors is None:
         raise UserError(
@@ -350,7 +350,10 @@ def _check_needs(
         raise UserError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
     if spec.uses_beta and beta is None:
         raise UserError(f"The loss {name} needs `beta`. Got None. In Diffusion-DPO, 5000 is usual.")
-    if spec.needs_scores and (scores is None or scores.shape != (rows,)):
+
+
+def _check_scores(name: str, scores: torch.Tensor | None, *, rows: int) -> None:
+    if scores is None or scores.shape != (rows,):
         got = "None" if scores is None else f"shape {tuple(scores.shape)}"
         raise UserError(
             f"The loss {name} needs `scores` of shape ({rows},). Got {got}. Pass a score for each image, winners first."

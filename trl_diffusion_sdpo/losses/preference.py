@@ -35,7 +35,8 @@ class PairTerms:
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): Policy's prediction minus the reference's, for
             the winner. Only the DSPO losses read it. `None` if the caller passed the reference's errors.
-        scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'.
+        scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'. For
+            `tgo`, less the threshold between liked and disliked images.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. It is
             already in the errors, and its square root in `winner_residual` and `winner_shift`.
         margin_clamp (`float`, *optional*): Largest logit. A larger one is cut to it and passes no gradient.
@@ -369,18 +370,24 @@ def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     return torch.sigmoid(winner_reward) + torch.sigmoid(-terms.logit(beta))
 
 
-def tgo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
+def tgo_loss(terms: PairTerms, *, beta: float, tgo_distance_weight: float = 0.0) -> torch.Tensor:
     """Return the loss of threshold-guided optimization (TGO), the mean over both images of a pair, `(B,)`:
-    `-logsigmoid(r_w)` of the winner and `-logsigmoid(-r_l)` of the loser.
+    `-v_w logsigmoid(r_w)` of the winner and `-v_l logsigmoid(-r_l)` of the loser.
 
-    `r_w` and `r_l` are their rewards ([`PairTerms.rewards`]). Neither term reads the other image, so the two need not
-    belong together.
+    `r_w` and `r_l` are their rewards ([`PairTerms.rewards`]). The weight `v = 1 + tgo_distance_weight |score|` of an
+    image grows with the distance of its score from the threshold, which `scores` have as 0. Neither term reads the
+    other image, so the two need not belong together.
 
     Source: https://huggingface.co/papers/2605.04653, of which we know a summary with formulas. Its temperature of 0.001
-    is `beta / 2 = 1000`. Its weights by the score's distance from the threshold are not here.
+    is `beta / 2 = 1000`, and its weight is 5, for scores that we do not know the scale of.
     """
     winner_reward, loser_reward = terms.rewards(beta)
-    return (-F.logsigmoid(winner_reward) - F.logsigmoid(-loser_reward)) / 2
+    losses = -F.logsigmoid(torch.stack([winner_reward, -loser_reward]))  # (2, B)
+    if tgo_distance_weight:
+        assert terms.scores is not None
+        losses = (1 + tgo_distance_weight * terms.scores.to(losses).abs()) * losses
+    winner_loss, loser_loss = losses
+    return (winner_loss + loser_loss) / 2
 
 
 def kto_loss(
@@ -448,7 +455,9 @@ class LossSpec:
         reads_reference_prediction (`bool`): Whether it also reads the reference's prediction, so that the reference's
             errors are not enough.
         uses_loser (`bool`): Whether the loss reads the loser's error. If not, the safeguard has no effect.
-        needs_scores (`bool`): Whether the loss reads reward scores.
+        compares_images (`bool`): Whether the loss compares the two images of a pair, so that they should belong
+            together. If not, it reads each by itself.
+        needs_scores (`bool`): Whether the loss compares the two images by their reward scores.
         lowers_winner (`bool`): Whether, before the first step, the winner's part of the gradient lowers the winner's
             error. If not, lambda would stay 0, so the loss trains only without a safeguard, or in a sum.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
@@ -477,6 +486,7 @@ class LossSpec:
     needs_reference: bool = True
     reads_reference_prediction: bool = False
     uses_loser: bool = True
+    compares_images: bool = True
     needs_scores: bool = False
     lowers_winner: bool = True
     equal_weights: bool = False
@@ -517,6 +527,10 @@ class LossSpec:
             each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "beta"
         }
 
+    def reads_scores(self, loss_kwargs: Mapping[str, float | str]) -> bool:
+        """Return whether the loss reads scores with the settings `loss_kwargs`."""
+        return self.needs_scores or bool(loss_kwargs.get("tgo_distance_weight"))
+
     def uses_residuals(self, granularity: Granularity) -> bool:
         """Return whether the output-space safeguard can compute lambda from residuals, without gradients of the
         loss."""
@@ -544,6 +558,7 @@ LossType = Literal[
 _POSITIVE: dict[str, Any] = {"equal_weights": True, "positive_weights": True, "anchor": "branch"}
 _LOGISTIC: dict[str, Any] = {"reads_logit_only": True, **_POSITIVE}
 _TARGETED: dict[str, Any] = {"reads_logit_only": True, "equal_weights": True}
+_BY_ITSELF: dict[str, Any] = {"compares_images": False, "anchor": "branch"}
 _DSPO: dict[str, Any] = {"reads_reference_prediction": True, "equal_weights": True}
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss, **_LOGISTIC),
@@ -553,7 +568,7 @@ LOSSES: dict[str, LossSpec] = {
     "dspo": LossSpec(dspo_loss, **_DSPO),
     "dspo_sdxl": LossSpec(dspo_sdxl_loss, **_DSPO),
     "dmpo": LossSpec(dmpo_loss, target_logit=_dmpo_target_logit, **_TARGETED),
-    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, **_POSITIVE),
+    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, compares_images=False, **_POSITIVE),
     "mapo": LossSpec(mapo_loss, needs_reference=False, anchor="branch"),
     "simpo": LossSpec(simpo_loss, needs_reference=False, **_POSITIVE),
     "dpop": LossSpec(dpop_loss, anchor="branch"),
@@ -565,10 +580,10 @@ LOSSES: dict[str, LossSpec] = {
         target_logit=_capo_target_logit,
         **_TARGETED,
     ),
-    "apo_zero": LossSpec(apo_zero_loss, anchor="branch"),
+    "apo_zero": LossSpec(apo_zero_loss, **_BY_ITSELF),
     "apo_down": LossSpec(apo_down_loss, lowers_winner=False),
-    "tgo": LossSpec(tgo_loss, anchor="branch"),
-    "kto": LossSpec(kto_loss, anchor="branch"),
+    "tgo": LossSpec(tgo_loss, **_BY_ITSELF),
+    "kto": LossSpec(kto_loss, **_BY_ITSELF),
 }
 
 _Range = tuple[str, Callable[[Any], bool]]  # description of a range, and a function that tests a value
@@ -588,6 +603,7 @@ LOSS_KWARG_RANGES: dict[str, _Range] = {
     "smpo_score_scale": _ABOVE_0,
     "kto_utility": (f"one of {', '.join(KTO_UTILITIES)}", KTO_UTILITIES.__contains__),
     "kto_loser_weight": _AT_LEAST_0,
+    "tgo_distance_weight": _AT_LEAST_0,
 }
 NAMED_SETTINGS = ("kto_utility",)  # whose values are words
 
@@ -721,6 +737,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         needs_reference=any(row.needs_reference for row in rows),
         reads_reference_prediction=any(row.reads_reference_prediction for row in rows),
         uses_loser=any(row.uses_loser for row in rows),
+        compares_images=any(row.compares_images for row in rows),
         needs_scores=any(row.needs_scores for row in rows),
         lowers_winner=any(row.lowers_winner for row in rows),
         equal_weights=equal,

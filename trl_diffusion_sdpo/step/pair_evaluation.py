@@ -82,12 +82,13 @@ class PairEvaluation:
     def _measure(self, predictions: PairPredictions, real: int) -> tuple[PreferenceLossOutput, torch.Tensor, bool]:
         """Add the predictions at one noise and timestep to the metrics. Return the loss of all pairs, the errors of the
         first `real`, and whether these can be compared with the reference's or with those before training."""
-        outputs = self._forward.loss(predictions)
-        measured = outputs
-        pairs = len(outputs.pair_losses)
+        counted = predictions
+        pairs = len(predictions.policy) // 2
         if 0 < real < pairs:  # use these again: a new forward pass would need all processes
             first = torch.arange(real, device=predictions.policy.device)
-            measured = self._forward.loss(predictions.take(torch.cat([first, first + pairs])))
+            counted = predictions.take(torch.cat([first, first + pairs]))
+        measured = self._forward.loss(counted, counted=real)
+        outputs = measured if counted is predictions else self._forward.loss(predictions)
         # Also if all pairs of this process are repetitions (with weight 0): all processes must reduce the same metrics.
         self._metrics.add({**self._forward.logged_metrics(measured), "loss": measured.loss}, real)
         errors = measured.pair_errors

@@ -190,7 +190,7 @@ class PairForward:
             gradients in each noise bin (`winner_budget`).
         by_halves (`bool`): Whether a training step with `safeguard="parameter"` predicts winners and losers in two half
             batches, instead of all in one. It may change when the first step shows that it must.
-        average (`Callable`, *optional*): Averages a scalar over processes, for the losses of training that need it.
+        average (`Callable`, *optional*): Averages a tensor over processes, for the losses that need it.
     """
 
     def __init__(
@@ -236,10 +236,19 @@ class PairForward:
         return PairPredictions(batch, prediction, reference, **self.facts_of_pairs(inputs))
 
     def loss(
-        self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
+        self,
+        predictions: PairPredictions,
+        safeguard: Literal["none", "output"] | None = None,
+        *,
+        counted: int | None = None,
     ) -> PreferenceLossOutput:
         """Return the loss of predictions, with the safeguard of the settings if `safeguard` is `None`. `"parameter"`
-        has no effect here: it acts in the backward pass."""
+        has no effect here: it acts in the backward pass.
+
+        Args:
+            counted (`int`, *optional*): In an evaluation, number of this process's pairs in a mean over all processes,
+                which must call this together. By default, means without gradients are over these pairs alone.
+        """
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -268,11 +277,22 @@ class PairForward:
             noise_bins=noise_bins,
             num_noise_bins=NOISE_BINS,
             scores=predictions.scores,
-            # An evaluation calls this function not equally often in all processes.
-            average=self._average if torch.is_grad_enabled() else None,
+            average=self._average if torch.is_grad_enabled() else self._average_of(counted),
             **cast(dict[str, Any], settings.loss_kwargs),
         )
         return outputs if batch.region is None else self._with_mask_terms(outputs, predictions, batch.region)
+
+    def _average_of(self, counted: int | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return a function that averages means over processes, of which this one has `counted` pairs."""
+        average = self._average
+        if average is None or counted is None:
+            return None
+
+        def weighted(mean: torch.Tensor) -> torch.Tensor:
+            total, pairs = average(torch.stack([mean * counted, torch.full_like(mean, counted)]))
+            return total / pairs
+
+        return weighted
 
     def _with_mask_terms(
         self, outputs: PreferenceLossOutput, predictions: PairPredictions, region: torch.Tensor
@@ -340,8 +360,8 @@ class PairForward:
             pixels = pixels_as_floats(inputs["pixel_values"])
             with self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                # The encoded prompts have one row per pair or per image. The source image of an edit is encoded once
-                # per pair.
+                # The encoded prompts have one row per pair or per image, and so have the encoded source images of
+                # edits.
                 if "sources" in inputs:
                     conditioning = family.encode_edits(inputs["prompts"], inputs["sources"])
                 else:

@@ -68,6 +68,8 @@ class PairPreparation:
             dataset, self._args, self._loss, name=name, training=training, score_threshold=self._threshold
         )
         check_source_column(prepared, self._family, self._args, name=name, training=training)
+        if training and self._args.should_log:
+            say_if_matched_images_are_compared(prepared, self._args, self._loss)
         if isinstance(prepared, PreferenceDataset):
             if training:
                 self._threshold = prepared.source.score_threshold
@@ -114,10 +116,11 @@ def check_source_column(
         )
     assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
     batch = args.train_batch_size if training else args.eval_batch_size
+    are_together = batch > 1 or pairs.has_loser_sources
     for layouts in pairs.source_sizes.values():  # the pairs of a batch have one training size
         first, *others = sorted(layouts, key=len, reverse=True)
         family.pixels_of_sources([_blank(first)])
-        for layout in others if batch > 1 else ():
+        for layout in others if are_together else ():
             family.pixels_of_sources([_blank(first), _blank(layout)])
 
 
@@ -170,6 +173,21 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
                 args.precompute_epochs,
                 round(epochs, 1),
             )
+
+
+def say_if_matched_images_are_compared(pairs: Pairs, args: DiffusionSDPOConfig, loss: LossSpec) -> None:
+    """Log if the loss compares images that belong together only by chance. With `safeguard="parameter"`, the study of
+    single images shows no difference to pairs, so it is no warning there. Others were not tried."""
+    are_matched = "single_images" in pairs.report.format.split("+") and args.losers != "permute"
+    if not (are_matched and loss.compares_images):
+        return
+    logger.log(
+        logging.INFO if args.safeguard == "parameter" else logging.WARNING,
+        "%s data: the loss %r compares the two images of each pair, but liked and disliked images form pairs by "
+        "chance. Set `loss_type='tgo'` to train on each image by itself.",
+        pairs.report.name,
+        args.loss_type,
+    )
 
 
 def outline(dataset: Any) -> Any:
@@ -229,6 +247,7 @@ def prepare_pairs(
         needs_all_rows=(*scores.needs_all_rows, *(setting for setting, is_set in precomputed.items() if is_set)),
         score_reading=score_reading(args),
         score_threshold=args.score_threshold if training or args.score_threshold is not None else score_threshold,
+        score_distances=bool(args.loss_kwargs.get("tgo_distance_weight")),
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
         noise_seeds=training and args.noise_source == "generated",

@@ -68,6 +68,27 @@ def test_thumbs_become_single_images_that_training_reads(folder):
     session.close()
 
 
+def test_thumbs_keep_columns_of_the_manifest_but_no_label_of_it(tmp_path):
+    rows = [
+        {"prompt": "a", "image": f"{k}.png", "rating": k, "label": "cat", "score": k, "style": "b"} for k in range(2)
+    ]
+    del rows[1]["style"]
+    folder = write_folder(tmp_path / "own", rows)
+    session = PickSession(folder, thumbs=True)
+    for _ in range(2):
+        shown = session.state("tab")["pair"]["first"]
+        session.pick("tab", shown, shown, "liked" if session.codes[shown] == "0.png" else "disliked")
+    session.close()
+    written = sorted(rows_of(folder / "images.jsonl"), key=lambda row: row["image"])
+    assert written == [
+        {"prompt": "a", "image": "0.png", "label": True, "score": 0, "style": "b"},
+        {"prompt": "a", "image": "1.png", "label": False, "score": 1},
+    ]
+    loaded = load_pairs(folder)
+    assert {"score", "style"} <= set(loaded.column_names)
+    assert len(prepare_dataset(loaded, PairOptions(PairTransform(16)))) == 1
+
+
 def test_thumbs_replace_no_pairs_of_the_folder(folder):
     """Pairs that `pairs generate` wrote stay until the first pick of a pair, and are read before single images."""
     generated = b'{"prompt": "a", "chosen": "a0.png", "rejected": "a1.png"}\n'
@@ -134,13 +155,13 @@ def test_a_deleted_image_is_left_out_and_counted(session, folder):
     while session.state("tab")["pair"]:
         judge(session, "first")
     state = session.state("tab")
-    assert state["gone"] == 1 and state["pairs"] == state["judged"]
+    assert state["gone"] == 1 and state["rows"] == state["judged"]
     (folder / judged.pop()).unlink()
     session.close()
     again = PickSession(folder)
     after = again.state("tab")
     assert after["left_out"] == {"without a file": 2}
-    assert after["judged"] == state["judged"] and after["pairs"] == state["pairs"] - 1
+    assert after["judged"] == state["judged"] and after["rows"] == state["rows"] - 1
     again.close()
 
 

@@ -252,7 +252,8 @@ class PairsFile:
 
 
 class ImagesFile:
-    """The file `images.jsonl` of a folder, with a line for each image that was liked or disliked by itself."""
+    """The file `images.jsonl` of a folder, with a line for each image that was liked or disliked by itself. Other
+    columns of the manifest are kept, except one of the name `label`."""
 
     rated: tuple[()] = ()  # images are not compared
 
@@ -275,7 +276,9 @@ class ImagesFile:
                 left_out["of an image whose file is missing"] += 1
             else:
                 prompt = log.prompts.get(image.prompt, image.prompt)
-                rows.append({"prompt": prompt, "image": image.name, "label": label})
+                row = {"prompt": prompt, "image": image.name, "label": label}
+                others = sorted(image.facts.keys() - {*OWN_COLUMNS, *row})
+                rows.append(row | {name: image.facts[name] for name in others})
         write_atomically(self._folder / IMAGES_FILE, json_lines(rows))
         return len(rows), left_out
 

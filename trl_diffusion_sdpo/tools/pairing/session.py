@@ -57,8 +57,8 @@ class PickSession:
         if isinstance(self.order, BlindOrder) and self.order.alone:
             self.left_out["without an image of the same prompt and seed to compare"] = self.order.alone
         self.gone: set[str] = set()  # images whose files were deleted while the page was open
-        self.pairs = 0  # number of rows in the file for training
-        self.unused: Counter[str] = Counter()  # picks without a pair because of their images, by reason
+        self.rows = 0  # pairs or single images in the file for training
+        self.unused: Counter[str] = Counter()  # picks without a row because of their images, by reason
         self.problem = ""  # error message if this file could not be written
         self._shown: dict[str, frozenset[str]] = {}  # tab -> its pair
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
@@ -73,7 +73,7 @@ class PickSession:
             )
         # Pairs of `pairs generate`, whose manifests have no ratings, are replaced only after the first pick.
         if self.judged or self._file.rated or not (folder / self.file_name).is_file():
-            self._write_pairs()
+            self._write_rows()
 
     @property
     def judged(self) -> int:
@@ -95,7 +95,7 @@ class PickSession:
                 "judged": self.judged,
                 "left": self.order.left(self.gone),
                 "verdicts": self.log.verdicts,
-                "pairs": self.pairs,
+                "rows": self.rows,
                 "last": None if last is None else last.number,
                 "blind": self.is_blind,
                 "thumbs": self.thumbs,
@@ -166,16 +166,16 @@ class PickSession:
         return path if path.is_file() and is_inside(self.folder, name) else None
 
     def _changed(self, tab: str, name: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the new state, after updating ratings and pairs for a pick, an undo or a changed prompt of an
+        """Return the new state, after updating ratings and the file for a pick, an undo or a changed prompt of an
         image."""
         if name in self.images:  # the manifest may no longer list the images of an undone pick
             self.order.update(self.images[name].prompt, self.gone)
-        self._write_pairs()
+        self._write_rows()
         return self.state(tab, wanted)
 
-    def _write_pairs(self) -> None:
+    def _write_rows(self) -> None:
         try:
-            self.pairs, self.unused = self._file.write(self.log, self.gone)
+            self.rows, self.unused = self._file.write(self.log, self.gone)
             self.problem = ""
         except OSError as error:  # the picks are safe in `picks.jsonl`
             self.problem = (

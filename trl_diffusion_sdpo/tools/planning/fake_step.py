@@ -238,7 +238,7 @@ def _batch(run: PlannedRun) -> dict[str, Any]:
     }
     if run.source is not None:
         batch["source_pixels"] = torch.empty(pairs, 3, *run.source, dtype=torch.uint8)
-    if run.args.loss_spec.needs_scores:
+    if run.args.loss_spec.reads_scores(run.args.loss_kwargs):
         batch["scores"] = torch.ones(images)
     if run.reference.is_precomputed:
         batch["ref_errors"] = torch.ones(images)

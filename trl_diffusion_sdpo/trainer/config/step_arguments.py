@@ -137,7 +137,8 @@ class LossArguments:
             by which `smpo` divides score differences; `"pickscore"` means 0.166581, the published value for PickScore's
             cosines. Leave it out for scores from `pairs score`, which say their scale. `kto_utility` (default
             `"sigmoid"`) is how `kto` values an improvement: KTO_UTILITY_NAMES. `kto_loser_weight` (default 1) weighs
-            the losers of `kto`; 0.25 is published.
+            the losers of `kto`; 0.25 is published. `tgo_distance_weight` (default 0) lets `tgo` weigh an image by 1
+            plus this number times the distance of its `score` from `score_threshold`; 5 is published.
     """
 
     loss_type: Annotated[list[str] | str, Choices(get_args(LossType)), RESUME] = "sigmoid"
