@@ -172,6 +172,43 @@ def test_the_epochs_of_a_run_are_never_too_few(settings, epochs, make_trainer, m
     assert epochs_of_run(trainer.args, trainer.train_dataset) == epochs
 
 
+def rows_drawn(dataset, epochs):
+    """Return the distinct winners and losers, plain or mirrored, of the first epochs."""
+    drawn = set()
+    for epoch in range(epochs):
+        for pair in range(len(dataset)):
+            is_mirrored = PairDraws.from_key(dataset.seed, epoch, pair).flip < 0.5
+            loser = next(dataset.losers.candidates(pair, epoch))
+            drawn |= {(is_mirrored, pair), (is_mirrored, loser)}
+    return drawn
+
+
+def test_permuted_losers_are_encoded_as_the_epochs_draw_them(make_trainer, make_cached, make_pairs):
+    """A longer run adds flips, and all batches are those without a cache, to the bit."""
+    pairs = make_pairs(12).select_columns(["prompt", "chosen"]).rename_column("chosen", "image")
+    given = {"train": pairs, "losers": "permute", "per_device_train_batch_size": 4}
+    live, short = make_trainer(**given), make_cached(max_steps=3, **given)
+    one, two = (len(rows_drawn(live.train_dataset, epochs)) for epochs in (1, 2))
+    assert short.encoding.report.encoded_images == one < two <= 24
+    assert_equal_batches(live, short, [0])
+    longer = make_cached(max_steps=6, **given)
+    assert longer.encoding.report.encoded_images == two - one and longer.encoding.report.images == two
+    assert_equal_batches(live, longer, [0, 1])
+    assert make_cached(max_steps=6, **given).encoding.report.encoded_images == 0
+    assert_equal_batches(live, make_cached(max_steps=30, **given), range(10))
+
+
+def test_losers_in_place_of_undecodable_ones_are_encoded_too(make_trainer, make_cached, make_pairs, tmp_path):
+    """Even if another run has found them undecodable."""
+    pairs = with_spoiled(make_pairs(8), tmp_path).select_columns(["prompt", "chosen"])
+    given = {"train": pairs.rename_column("chosen", "image"), "losers": "permute", "verify_images": "none"}
+    given |= {"per_device_train_batch_size": 4}
+    assert_equal_batches(make_trainer(**given), make_cached(max_steps=2, **given), [0])
+    for seed in range(4):
+        live, cached = make_trainer(seed=seed, **given), make_cached(seed=seed, max_steps=4, **given)
+        assert_equal_batches(live, cached, [0, 1])
+
+
 CASES = {"one pair": (1, {}), "bfloat16": (4, {"vae_dtype": "bfloat16"})}
 
 

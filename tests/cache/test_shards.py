@@ -142,7 +142,8 @@ def test_the_number_of_open_shards_does_not_grow_with_the_number_of_shards(tmp_p
 
 
 def test_a_reader_keeps_four_bytes_a_row(tmp_path):
-    """100 shards of 64 rows with two tensors each. Names of rows as text took 571 bytes a row."""
+    """100 shards of 64 rows with two tensors each. Names of rows as text took 571 bytes a row; the rest of what is allowed
+    here is that of 64 open shards."""
     count = 100 * 64
     store = ShardStore(tmp_path, {"vae": "a"}, count)
     store.path.mkdir()
@@ -157,7 +158,7 @@ def test_a_reader_keeps_four_bytes_a_row(tmp_path):
     gc.collect()
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 20 * count, f"{kept / count:.0f} bytes a row"
+    assert kept < 24 * count, f"{kept / count:.0f} bytes a row"
     assert len(pickle.dumps(store)) < 4 * count + 10_000  # what a spawned worker gets
 
 
@@ -214,7 +215,7 @@ def test_a_shard_that_cannot_be_read_is_found_by_the_next_start(store, listed, t
 
 def test_rows_that_a_run_does_not_read_are_not_missing(store, tmp_path):
     (store.path / "000001.safetensors").unlink()
-    odd = ShardStore(tmp_path, {"vae": "a"}, ROWS, lambda: np.arange(ROWS) % 2 == 1)
+    odd = ShardStore(tmp_path, {"vae": "a"}, ROWS, lambda _: np.arange(ROWS) % 2 == 1)
     assert missing(odd) == [5, 7] and odd.wanted == 5 and not odd.has(5)
 
 

@@ -13,6 +13,8 @@ def test_flips_are_those_of_each_pairs_own_generator(seed, epoch, monkeypatch):
     monkeypatch.setattr(flips, "AT_ONCE", 60)  # several parts, the last one smaller
     expected = [PairDraws.from_key(seed, epoch, pair).flip < 0.5 for pair in range(200)]
     assert flips.mirrored(seed, epoch, 200).tolist() == expected
+    expected = [PairDraws.from_key(seed, epoch, pair).dropout < 0.3 for pair in range(200)]
+    assert flips.emptied(seed, epoch, 200, 0.3).tolist() == expected
 
 
 def test_flips_of_late_pairs_and_of_none():

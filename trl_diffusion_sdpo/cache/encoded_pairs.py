@@ -14,6 +14,7 @@ from ..data.fingerprints import digest_of
 from ..data.flips import mirrored
 from ..data.images import UndecodableImageError
 from ..data.kept_index import kept_arrays
+from ..data.permuted_losers import PermutedLosers
 from ..data.transforms import PairDraws
 from ..utils.errors import UserError
 from .shards import ShardStore
@@ -23,6 +24,11 @@ SIZES = "sizes"  # name of the other one
 UNREADABLE = "unreadable"  # tensor that replaces the encoding of an edit if a source image cannot be decoded
 SourceKey = tuple[int, int, int]  # row of source images, which of them are cropped with their pair, and its bucket
 Edit = tuple[SourceKey, bool, str]  # key of the source images, whether they are mirrored, and prompt
+NOT_DRAWN = (
+    "A cache has those flips, crops and edits of training pairs that the epochs of the run draw, and {} now needs "
+    "others. To train for more epochs, set `num_train_epochs` or `max_steps` before you make the trainer. To evaluate "
+    "on training pairs, pass them as `eval_dataset`."
+)
 PLAIN = PairDraws(0.0, 0.0, 1.0, 1.0, 0)  # for crops at the center
 MIRRORED = PairDraws(0.0, 0.0, 0.0, 1.0, 0)
 
@@ -69,16 +75,28 @@ class ImageRows:
     def __len__(self) -> int:
         return self.variants * self.count
 
-    def drawn(self, epochs: int) -> np.ndarray:
-        """Return a mask of the rows that training reads in its first `epochs` epochs, `(len(self),)`."""
+    def drawn(self, epochs: int, losers: PermutedLosers | None, empty: np.ndarray) -> np.ndarray:
+        """Return a mask of the rows that training reads in its first `epochs` epochs, `(len(self),)`.
+
+        Args:
+            losers (`PermutedLosers`, *optional*): Chooses losers from other pairs.
+            empty (`np.ndarray` of shape `(len(self),)`): Mask of the rows of images that cannot be decoded. Others are
+                read in place of such losers.
+        """
         drawn = np.zeros((self.variants, self.count), dtype=bool)
         if self.crops is not None:
             drawn[:epochs] = True
         else:
             for epoch in range(epochs):
                 flipped = mirrored(self.seed, epoch, len(self.images)) & self.flips
+                images = np.array(self.images)
+                if losers is not None:
+                    images[:, 1] = images[losers.of_epoch(epoch), 1]
                 for variant in range(self.variants):
-                    drawn[variant, self.images[flipped == variant]] = True
+                    drawn[variant, images[flipped == variant]] = True
+        if losers is not None:
+            bad = np.logical_or.reduce(empty.reshape(drawn.shape))[self.images[:, 1]]
+            drawn[:, self.images[losers.in_place_of(bad), 1]] = True
         return drawn.ravel()
 
     def draws_of(self, row: int) -> PairDraws:
@@ -154,6 +172,12 @@ def sorted_by_hash(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
     return ordered, array
 
 
+def drawn_edits(dataset: PreferenceDataset, epochs: int, digests: np.ndarray) -> np.ndarray:
+    """Return a mask of the edits that training draws in its first `epochs` epochs, in the order of their sorted hashes
+    `digests`."""
+    return np.isin(digests, sorted_by_hash(dataset.edits(epochs))[1])
+
+
 def text_of_edit(key: SourceKey, is_mirrored: bool, prompt: str) -> str:
     """Return a text that identifies an edit: the key of its source images, their flip and the prompt."""
     return f"{key} {'mirrored' if is_mirrored else 'plain'} {prompt}"
@@ -183,11 +207,7 @@ class EncodedPairs:
         """
         rows = self.rows.of_pair(pair, draws, epoch, loser)
         if not all(map(self.images.has, rows)):
-            raise UserError(
-                "A cache has those flips and crops of training images that the epochs of the run draw, and pair "
-                f"{pair} now needs others. To train for more epochs, set `num_train_epochs` or `max_steps` before you "
-                "make the trainer. To evaluate on training pairs, pass them as `eval_dataset`."
-            )
+            raise UserError(NOT_DRAWN.format(f"pair {pair}"))
         read = list(map(self.images.read, rows))
         if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
@@ -209,12 +229,14 @@ class EncodedPairs:
 
         Raises:
             UndecodableImageError: If a source image could not be decoded when the cache was made.
-            ValueError: If the prompt is not in the cache.
+            ValueError: If the prompt is not in the cache, or the run should not have drawn this edit.
         """
         digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:
             raise UserError(f"The prompt {prompt!r} is not in the cache. Start the run again to add it.")
+        if not self.prompts.has(row):
+            raise UserError(NOT_DRAWN.format(f"the edit {prompt!r}"))
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:
             raise UndecodableImageError("a source image could not be decoded when the cache was made")

@@ -36,6 +36,7 @@ from .encoded_pairs import (
     Edit,
     EncodedPairs,
     ImageRows,
+    drawn_edits,
     rows_and_digests,
     sorted_by_hash,
     texts_of,
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 LATENTS = "latents"  # subfolder
 PROMPTS = "prompts"  # subfolder
 SHARD_PIXELS = 256 * 512 * 512  # number of image pixels per shard file. A killed process loses at most one shard
-SHARD_IMAGES = 256  # largest number of encoded images per shard file, because reading a row lists the shard's names
+SHARD_IMAGES = 256  # largest number of encoded images per shard file, because opening a shard lists its names
 SHARD_PROMPTS = 64
 FEW_EPOCHS = 2  # in more of them, training draws nearly all images plain and mirrored
 IMAGES_AT_ONCE = range(2, 9)  # images per VAE batch. Within this range, a batch has at most `PIXELS_AT_ONCE` pixels
@@ -146,24 +147,25 @@ class PairEncoding:
         }
         if dataset.has_sources:
             prompts |= {name: images[name] for name in ("vae", "data", "pixels")}  # sources are cropped as images are
+        drawn: list[Callable[[np.ndarray], np.ndarray] | None] = [None, None]
+        epochs = self._settings.epochs(dataset) if dataset.is_for_training else None
+        if epochs is not None and epochs <= FEW_EPOCHS:
+            if rows.variants > 1:
+                drawn[0] = partial(rows.drawn, epochs, dataset.losers)
+            if dataset.has_sources and rows.crops is None:  # crops repeat their flips, but not dropped prompts
+                edits = drawn_edits(dataset, epochs, digests)
+                drawn[1] = lambda _: edits
         return _Cache(
             rows,
             digests,
-            images=ShardStore(self.folder / LATENTS, images, len(rows), self._drawn(dataset, rows)),
-            prompts=ShardStore(self.folder / PROMPTS, prompts, len(digests)),
+            images=ShardStore(self.folder / LATENTS, images, len(rows), drawn[0]),
+            prompts=ShardStore(self.folder / PROMPTS, prompts, len(digests), drawn[1]),
             statistics=ShardStore(
                 self.folder / LATENTS,
                 {"vae": images["vae"], "kind": "statistics"},
                 int(bool(family.latent_statistics())),
             ),
         )
-
-    def _drawn(self, dataset: PreferenceDataset, rows: ImageRows) -> Callable[[], np.ndarray] | None:
-        """Return what lists the rows that training reads, or `None` if it reads all or nearly all of them."""
-        epochs = self._settings.epochs(dataset) if dataset.is_for_training else None
-        if rows.variants == 1 or epochs is None or epochs > FEW_EPOCHS or dataset.has_sources or dataset.draws_losers:
-            return None
-        return partial(rows.drawn, epochs)
 
     def _use(self, dataset: PreferenceDataset, cache: _Cache) -> None:
         family = self._frozen.family
@@ -174,7 +176,7 @@ class PairEncoding:
         encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(encoded)
         self.report.images += cache.images.wanted
-        self.report.prompts += len(cache.digests)
+        self.report.prompts += cache.prompts.wanted
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
@@ -261,18 +263,18 @@ class PairEncoding:
     def _encode_edits(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the edits (prompts with source images), one edit at a time."""
-        numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
-        shards = [range(len(cache.digests))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
-        of_rows = sorted_by_hash(texts_of(dataset))[0] if shards else []
-        edits = [of_rows[row] for shard in shards for row in shard]
+        """Encode this process's share of the edits (prompts with source images), one edit at a time. A shard has the
+        edits that no other has."""
+        missing = missing[np.isin(missing // SHARD_PROMPTS, _own_share(missing // SHARD_PROMPTS, self._peers))]
+        of_rows = sorted_by_hash(texts_of(dataset))[0] if len(missing) else []
+        edits = [of_rows[row] for row in missing.tolist()]
         height, width = self._settings.size
         sources = _Results(partial(_decoded_sources, dataset), edits)
         loaded = iter(self._settings.load(sources, dataset, 3 * height * width) if edits else ())
         copies = min(2, self._settings.largest_batch)
         undecodable: list[tuple[int, str]] = []
         with _progress("Encoding edits", len(edits), self._peers) as bar:
-            for number, shard in zip(numbers, shards, strict=True):
+            for number, shard in itertools.groupby(missing.tolist(), lambda row: row // SHARD_PROMPTS):
                 encoded = {}
                 for row in shard:
                     (source_row, *_), _, prompt = of_rows[row]
@@ -283,7 +285,7 @@ class PairEncoding:
                     else:
                         encoded[row] = encode_edit(family, prompt, item, copies)
                     bar.update()
-                cache.prompts.write(number, encoded)
+                cache.prompts.add(number, encoded, step=-(-len(cache.digests) // SHARD_PROMPTS))
         return len(edits), undecodable
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -51,16 +52,17 @@ class ShardStore:
         folder (`Path`): Subfolder of `precompute_dir`.
         key (`Mapping`): Everything that the rows depend on, as values for JSON.
         rows (`int`): Number of rows that the store has when it is complete.
-        needed (`Callable`, *optional*): Returns a mask of the rows that this run reads, `(rows,)`. By default, it reads
-            all.
+        needed (`Callable`, *optional*): Returns a mask of the rows that this run reads, `(rows,)`, from the mask of
+            those that have a tensor without elements. By default, it reads all.
     """
 
     def __init__(
-        self, folder: Path, key: Mapping[str, Any], rows: int, needed: Callable[[], np.ndarray] | None = None
+        self, folder: Path, key: Mapping[str, Any], rows: int, needed: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> None:
         self._key = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1, default=str) + "\n"
         self.path = Path(folder) / hashlib.sha256(self._key.encode()).hexdigest()[:16]
-        self._shard_of = np.full(rows, -1, dtype=np.int32)  # number of the shard with each row, or -1 for none
+        # Number of the shard with each row, or -1 for none; of a row that has a tensor without elements, -2 minus it.
+        self._shard_of = np.full(rows, -1, dtype=np.int32)
         self._needed = needed
         self.wanted = rows  # number of rows that this run reads, once [`missing`] has listed them
 
@@ -69,7 +71,7 @@ class ShardStore:
 
     def has(self, row: int) -> bool:
         """Return whether a shard contained the row when [`missing`] listed them."""
-        return bool(self._shard_of[row] >= 0)
+        return bool(self._shard_of[row] != -1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lists the rows of this run: workers only read."""
@@ -87,7 +89,7 @@ class ShardStore:
                 self._list_shards()
         missing = self._shard_of == -1
         if self._needed is not None:
-            needed = self._needed()
+            needed = self._needed(self._shard_of < -1)
             self.wanted = int(np.count_nonzero(needed))
             missing = missing & needed
         return np.flatnonzero(missing)
@@ -101,7 +103,9 @@ class ShardStore:
         for number in sorted(int(file.stem) for file in self.path.glob("*.safetensors") if file.stem.isdecimal()):
             file = self._file(number)
             try:
-                self._shard_of[self._rows_in(file)] = number
+                rows, empty = self._rows_in(file)
+                self._shard_of[rows] = number
+                self._shard_of[empty] = -2 - number
             except (SafetensorError, ValueError) as error:
                 logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
                 is_whole = False
@@ -160,14 +164,15 @@ class ShardStore:
     def read(self, row: int) -> dict[str, torch.Tensor]:
         """Return copies of a row's tensors by name. Raise `ValueError` if no shard has the row, or if its shard was
         damaged or deleted after [`missing`] listed it."""
-        number, prefix = int(self._shard_of[row]), f"{row}."
+        number = int(self._shard_of[row])
         problem: Exception | str = "no file contains it"
         try:
-            if number >= 0:
-                shard = _open(self._file(number))
-                names = [name for name in shard.keys() if name.startswith(prefix)]  # noqa: SIM118
-                if names:
-                    return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
+            if number != -1:
+                number = max(number, -2 - number)
+                shard, names = _open(self._file(number))
+                of_row = names or [key.partition(".")[2] for key in shard.keys() if key.startswith(f"{row}.")]
+                if of_row:
+                    return {name: shard.get_tensor(f"{row}.{name}").clone() for name in of_row}
         except (OSError, SafetensorError) as error:
             problem = error
             with contextlib.suppress(OSError):
@@ -201,12 +206,14 @@ class ShardStore:
             self.path.mkdir(parents=True, exist_ok=True)  # network disks may remember that there was no folder
             return (self.path / KEY_FILE).is_file()
 
-    def _rows_in(self, file: Path) -> list[int]:
+    def _rows_in(self, file: Path) -> tuple[list[int], list[int]]:
+        """Return a shard's rows, and those of them that have a tensor without elements."""
         with safe_open(file, "pt") as shard:
             if (shard.metadata() or {}).get("key") != self.path.name:
                 raise UserError("it was written for another cache")
-            rows = {int(name.partition(".")[0]) for name in shard.keys()}  # noqa: SIM118
-        return [row for row in rows if row < len(self)]
+            of_names = {name: int(name.partition(".")[0]) for name in shard.keys()}  # noqa: SIM118
+            empty = [row for name, row in of_names.items() if 0 in shard.get_slice(name).get_shape()]
+        return [row for row in set(of_names.values()) if row < len(self)], [row for row in empty if row < len(self)]
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:06d}.safetensors"
@@ -247,7 +254,7 @@ def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list
     Args:
         compute (`Callable`): Function that computes and writes rows. Its argument is, for each store, an array with the
             numbers of the missing rows. It is called in all processes or in none, and must return after all processes
-            have written their rows.
+            have written their rows. It is called again if a store then needs further rows.
 
     Raises:
         ValueError: If a folder cannot be written, or processes do not see each other's files.
@@ -262,11 +269,12 @@ def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list
         for store in stores:
             _lock_together(store, peers, stack)
         if all(peers.gather_results(lambda: all(store.is_visible() for store in stores))):
-            packed = peers.first(lambda: [_packed(store) for store in stores])  # another run may have written rows
-            bits = [np.unpackbits(of_store, count=len(store)) for store, of_store in zip(stores, packed, strict=True)]
-            missing = [np.flatnonzero(of_store) for of_store in bits]
-            if any(map(len, missing)):
+            missing = _missing(stores, peers)  # another run may have written rows
+            while any(map(len, missing)):
                 compute(missing)
+                computed, missing = missing, _missing(stores, peers)
+                if any(np.isin(*of_store).any() for of_store in zip(computed, missing, strict=True)):
+                    break
             if not any(peers.gather_results(lacks_rows)):
                 return
     raise UserError(
@@ -286,11 +294,23 @@ def _lock_together(store: ShardStore, peers: Peers, stack: contextlib.ExitStack)
         time.sleep(POLL_SECONDS)
 
 
+def _missing(stores: Sequence[ShardStore], peers: Peers) -> list[np.ndarray]:
+    """Return the numbers of the rows that each store lacks, as the first process sees them."""
+    packed = peers.first(lambda: [_packed(store) for store in stores])
+    bits = (np.unpackbits(of_store, count=len(store)) for store, of_store in zip(stores, packed, strict=True))
+    return [np.flatnonzero(of_store) for of_store in bits]
+
+
 def _packed(store: ShardStore) -> np.ndarray:
     """Return one bit for each row, which is 1 if the row is missing."""
     return np.packbits(np.bincount(store.missing(), minlength=len(store)) > 0)
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _open(file: Path) -> Any:
-    return safe_open(file, "pt")
+def _open(file: Path) -> tuple[Any, tuple[str, ...]]:
+    """Return an open shard, and the names of each row's tensors if all rows have the same, else `()`: listing all names
+    for each read takes longer than reading."""
+    shard = safe_open(file, "pt")
+    keys = [key.partition(".") for key in shard.keys()]  # noqa: SIM118
+    rows, names = {row for row, _, _ in keys}, {intern(name) for _, _, name in keys}
+    return shard, tuple(names) if len(rows) * len(names) == len(keys) else ()

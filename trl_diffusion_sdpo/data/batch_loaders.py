@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, default_convert
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
@@ -178,17 +178,26 @@ def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDa
     workers = args.dataloader_num_workers
     if workers is None:
         workers = max(_min_workers(args), _suitable_workers(args, pairs, item_bytes, most=MAX_READERS))
-    return _plain_loader(args, items, workers, batch_size=None)
+    return _plain_loader(args, items, workers, batch_size=None, collate_fn=_unchanged)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _plain_loader(
-    args: TrainingArguments, items: Dataset, workers: int, start: WorkerStart | None = None, **options: Any
+    args: TrainingArguments,
+    items: Dataset,
+    workers: int,
+    start: WorkerStart | None = None,
+    *,
+    collate_fn: Callable,
+    **options: Any,
 ) -> DataLoader:
-    collate = options.pop("collate_fn", default_convert)
     return DataLoader(
         items,
         num_workers=workers,
-        collate_fn=CollateIntoSharedMemory(collate) if workers else collate,
+        collate_fn=CollateIntoSharedMemory(collate_fn) if workers else collate_fn,
         worker_init_fn=start or WorkerStart(),
         multiprocessing_context=start_method(args) if workers else None,
         prefetch_factor=args.dataloader_prefetch_factor,

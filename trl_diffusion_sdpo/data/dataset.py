@@ -22,6 +22,7 @@ from ..utils.score_scale import ScoreReading
 from . import data_report
 from .buckets import AspectRatioBuckets, BucketSampler, PairKey, PairSizes
 from .data_report import BadDataError, DataReport, evenly_spaced
+from .flips import emptied, mirrored
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError
 from .pair_table import PairTable
 from .pairs import PairEncodings, Pairs
@@ -421,9 +422,9 @@ class PreferenceDataset(Pairs):
         return self._options.seed
 
     @property
-    def draws_losers(self) -> bool:
-        """Whether losers are drawn from other pairs."""
-        return self._losers is not None
+    def losers(self) -> PermutedLosers | None:
+        """What chooses losers from other pairs, or `None` if each pair has its own."""
+        return self._losers
 
     @property
     def is_for_training(self) -> bool:
@@ -504,16 +505,24 @@ class PreferenceDataset(Pairs):
         training = self._options.training
         return training and transform.random_flip, training and not transform.center_crop
 
-    def edits(self) -> Iterator[tuple[tuple[int, int, int], bool, str]]:
-        """Yield each edit that items can contain: key of the source images, whether they are mirrored, and prompt."""
+    def edits(self, epochs: int | None = None) -> Iterator[tuple[tuple[int, int, int], bool, str]]:
+        """Yield each edit that items can contain, or that training draws in its first `epochs` epochs: key of the
+        source images, whether they are mirrored, and prompt."""
         flips, _ = self.augmentations
-        empty = ("",) if self._options.training and self._options.prompt_dropout else ()
+        dropout = self._options.prompt_dropout if self._options.training else 0.0
+        drawn = np.zeros((2, 2, len(self)), dtype=bool)  # whether images are mirrored, and the prompt is emptied
+        if epochs is None:
+            drawn[: 1 + flips, : 1 + (dropout > 0)] = True
+        for epoch in range(epochs or 0):
+            key = self.seed, epoch, len(self)
+            of_pairs = (mirrored(*key) & flips).astype(int), emptied(*key, dropout).astype(int), np.arange(len(self))
+            drawn[of_pairs] = True
         prompts = dict(self._prompts_by_row())
         rows = self.positions[:, [0, 2] if self.has_loser_sources else [0]]
-        for (pair, side), row in np.ndenumerate(rows):
-            for is_mirrored in (False, True) if flips else (False,):
-                for prompt in prompts[int(row)] + empty:
-                    yield self._source_key(pair, side), is_mirrored, prompt
+        for is_mirrored, is_emptied, pair in np.argwhere(drawn).tolist():
+            for side, row in enumerate(rows[pair].tolist()):
+                for prompt in ("",) if is_emptied else prompts[row]:
+                    yield self._source_key(pair, side), bool(is_mirrored), prompt
 
     def _source_key(self, pair: int, side: int) -> tuple[int, int, int]:
         """Return what the sources of a pair's winner (`side` 0) or loser (`side` 1) depend on: their row, one bit for

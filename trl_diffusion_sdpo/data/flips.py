@@ -1,7 +1,8 @@
-"""Draws the flips of millions of pairs at once, equal to those of [`PairDraws.from_key`], which takes 15 us each.
+"""Draws flips and empty prompts of millions of pairs at once, equal to those of [`PairDraws.from_key`], which takes
+15 us each.
 
 NumPy seeds one generator at a time. Here, arrays go through the same arithmetic, which NumPy promises to keep (NEP 19):
-`SeedSequence` mixes the key, and `PCG64` makes three numbers of it. The third is the flip.
+`SeedSequence` mixes the key, and `PCG64` makes numbers of it. The third is the flip, the fourth the dropout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ POOL_HASH = 0x43B0D7E5, 0x931E8875  # first constant, and the factor of the next
 STATE_HASH = 0x8B51F9DD, 0x58F38DED
 MIX_LEFT, MIX_RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
 STEP = 0x2360ED051FC65DA44385DF649FCCF645  # factor of the generator's 128-bit state
-STEPS = 4  # one that ends the seeding, and one for each number
+SEEDING = 2  # steps of the generator until the first number
+FLIP, DROPOUT = "flip", "dropout"
+NUMBERS = {FLIP: 2, DROPOUT: 3}  # how many numbers come before
 HALF, QUARTER = np.uint64(32), np.uint32(16)  # of a number's bits, and of a word's
 
 
@@ -32,16 +35,26 @@ def mirrored(seed: int, epoch: int, pairs: int) -> np.ndarray:
         epoch (`int`, not negative): Number of the epoch.
         pairs (`int`): Number of pairs.
     """
+    return _below(0.5, FLIP, seed, epoch, pairs)
+
+
+def emptied(seed: int, epoch: int, pairs: int, prompt_dropout: float) -> np.ndarray:
+    """Return a mask of the pairs whose prompt an epoch empties, `(pairs,)`. For the arguments, see [`mirrored`]."""
+    return _below(prompt_dropout, DROPOUT, seed, epoch, pairs)
+
+
+def _below(bound: float, name: str, seed: int, epoch: int, pairs: int) -> np.ndarray:
     key = [*_words(seed), *_words(epoch)]
     if len(key) >= POOL or pairs > WORD:  # a seed of more than 64 bits
-        draws = (PairDraws.from_key(seed, epoch, pair).flip < 0.5 for pair in range(pairs))
+        draws = (getattr(PairDraws.from_key(seed, epoch, pair), name) < bound for pair in range(pairs))
         return np.fromiter(draws, dtype=bool, count=pairs)
     starts = range(0, pairs, AT_ONCE)
-    parts = [_mirrored(key, np.arange(start, min(start + AT_ONCE, pairs), dtype=np.uint32)) for start in starts]
-    return np.concatenate([np.empty(0, dtype=bool), *parts])
+    parts = (np.arange(start, min(start + AT_ONCE, pairs), dtype=np.uint32) for start in starts)
+    return np.concatenate([np.empty(0, dtype=bool), *(_numbers(key, part, NUMBERS[name]) < bound for part in parts)])
 
 
-def _mirrored(key: Sequence[int], pairs: np.ndarray) -> np.ndarray:
+def _numbers(key: Sequence[int], pairs: np.ndarray, before: int) -> np.ndarray:
+    """Return the number in `[0, 1)` that comes after `before` others, for each pair."""
     words = [*(np.full_like(pairs, word) for word in key), pairs]
     pool = _mixed(words + [np.zeros_like(pairs)] * (POOL - len(words)))
     constants = _constants(*STATE_HASH)
@@ -50,11 +63,12 @@ def _mirrored(key: Sequence[int], pairs: np.ndarray) -> np.ndarray:
     start, stream = (low_first[0], low_first[1]), (low_first[2], low_first[3])  # 128-bit numbers, the high half first
     stream = stream[0] << np.uint64(1) | stream[1] >> np.uint64(63), stream[1] << np.uint64(1) | np.uint64(1)
     # All steps at once: state -> state * STEP + stream, from start + stream.
-    of_start, of_stream = pow(STEP, STEPS, 2**128), sum(pow(STEP, power, 2**128) for power in range(STEPS + 1))
+    steps = before + SEEDING
+    of_start, of_stream = pow(STEP, steps, 2**128), sum(pow(STEP, power, 2**128) for power in range(steps + 1))
     high, low = _sum(_times(start, of_start), _times(stream, of_stream % 2**128))
-    # The flip is below 0.5 if the first bit of `high ^ low`, rotated to the right by `high >> 58`, is 0.
-    first_bit = (high >> np.uint64(58)) + np.uint64(63) & np.uint64(63)
-    return ((high ^ low) >> first_bit & np.uint64(1)) == 0
+    bits, rotation = high ^ low, high >> np.uint64(58)
+    bits = bits >> rotation | bits << (np.uint64(64) - rotation & np.uint64(63))  # rotated to the right
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def _words(number: int) -> list[int]:

@@ -58,14 +58,37 @@ class PermutedLosers:
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
         """Yield the numbers of pairs whose winner may become the loser of `pair`: first the permutation's choice, then
         the next pairs with other prompts, in case the first winner cannot be decoded."""
-        latest_epoch, losers = self._latest
-        if latest_epoch != epoch:
-            losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])
-            self._latest = epoch, losers
+        losers = self.of_epoch(epoch)
         first, pairs = int(losers[pair]), len(losers)
         for loser in chain(range(first, pairs), range(first)):
             if self._prompts[loser] != self._prompts[pair] and not self.bad[loser]:
                 yield loser
+
+    def of_epoch(self, epoch: int) -> np.ndarray:
+        """Return the pairs that an epoch's permutation chooses, whether or not their winners can be decoded, `(P,)`."""
+        latest_epoch, losers = self._latest
+        if latest_epoch != epoch:
+            losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])
+            self._latest = epoch, losers
+        return losers
+
+    def in_place_of(self, bad: np.ndarray) -> np.ndarray:
+        """Return a mask of the pairs that `candidates` may reach if the winners `bad`, a mask, cannot be decoded: after
+        each bad one, those up to the first good ones of two prompts, one of which is not that of the pair. `(P,)`"""
+        good, pairs = np.flatnonzero(~bad), len(bad)
+        if not bad.any():
+            return bad
+        last = np.flatnonzero(self._prompts[good] != np.roll(self._prompts[good], -1))  # before another prompt
+        if not len(last):
+            return np.ones_like(bad)
+        first = np.flatnonzero(bad)
+        last = last[np.searchsorted(last, np.searchsorted(good, first) % len(good)) % len(last)]
+        end = good[(last + 1) % len(good)]
+        # Each part of the circle adds 1 from `first` to `end`.
+        begins = np.bincount(first, minlength=pairs) - np.bincount(end + 1, minlength=pairs + 1)[:pairs]
+        begins[0] += np.count_nonzero(end < first)
+        in_place: np.ndarray = np.cumsum(begins) > 0
+        return in_place
 
 
 def most_common(values: np.ndarray) -> tuple[int, int]:
