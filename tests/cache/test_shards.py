@@ -142,8 +142,8 @@ def test_the_number_of_open_shards_does_not_grow_with_the_number_of_shards(tmp_p
 
 
 def test_a_reader_keeps_four_bytes_a_row(tmp_path):
-    """100 shards of 64 rows with two tensors each. Names of rows as text took 571 bytes a row. What is allowed beyond four
-    is that of 64 open shards."""
+    """100 shards of 64 rows with two tensors each. Names of rows as text took 571 bytes a row. Beyond four, 64 open
+    shards may keep some."""
     count = 100 * 64
     store = ShardStore(tmp_path, {"vae": "a"}, count)
     store.path.mkdir()
