@@ -27,6 +27,7 @@ from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.transforms import PairDraws
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.families.packing import unpack_patches
 from trl_diffusion_sdpo.models.adapters import add_lora
@@ -207,13 +208,14 @@ def test_every_edit_model_trains_from_the_reference_on(model, make_args):
 
 @pytest.mark.parametrize("name", ["kontext", "kontext, wide images in buckets", "qwen_image_21"])
 def test_a_run_from_the_cache_is_that_without_and_reads_no_source(name, make_args, monkeypatch):
-    """With flips and dropped prompts, to the bit."""
+    """With flips and dropped prompts, to the bit. The cache has what two epochs draw, and a longer run adds to it."""
+    encoded = []
 
     def logs(**settings):
         model_name, *is_wide = name.split(",")
         model = EditModel(model_name, monkeypatch)
         data = model.rows(3)
-        settings |= {"max_steps": -1, "num_train_epochs": 2, "proportion_empty_prompts": 0.4}
+        settings = {"num_train_epochs": 2} | settings | {"max_steps": -1, "proportion_empty_prompts": 0.4}
         settings |= {"resolution": model.resolution}
         if is_wide:  # cropped together
             sizes = [(30, 61), (30, 61), (61, 30)]
@@ -223,14 +225,26 @@ def test_a_run_from_the_cache_is_that_without_and_reads_no_source(name, make_arg
             settings |= {"per_device_train_batch_size": 2}
         args = edit_args(make_args, **settings)
         trainer = DiffusionSDPOTrainer(model.pipeline, None, args, data, peft_config=LORA)
+        if trainer.encoding is not None:
+            report = trainer.encoding.report
+            encoded.append((report.encoded_images, report.encoded_prompts))
         trainer.train()
         history = trainer.state.log_history[:-1]  # the last entry has times
         return [{name: value for name, value in entry.items() if "flos" not in name} for entry in history]
 
     expected = logs()
     assert logs(precompute_latents=True) == expected
-    monkeypatch.setattr(ImageReader, "decode", None)
-    assert logs(precompute_latents=True) == expected
+    seed = make_args().seed
+    draws = [(pair, PairDraws.from_key(seed, epoch, pair)) for epoch in (0, 1) for pair in range(3)]
+    flips = {(pair, draw.flip < 0.5) for pair, draw in draws}
+    edits = {(pair, draw.flip < 0.5, draw.dropout < 0.4) for pair, draw in draws}
+    assert encoded == [(2 * len(flips), len(edits))] and len(edits) < 12
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageReader, "decode", None)
+        assert logs(precompute_latents=True) == expected and encoded[-1] == (0, 0)
+    live = logs(num_train_epochs=3)
+    assert logs(num_train_epochs=3, precompute_latents=True) == live
+    assert encoded[-1] == (12 - 2 * len(flips), 12 - len(edits))
 
 
 def test_a_source_that_cannot_be_encoded_is_counted_and_its_pair_replaced(kontext, make_args, caplog):

@@ -152,7 +152,7 @@ class PairEncoding:
         if epochs is not None and epochs <= FEW_EPOCHS:
             if rows.variants > 1:
                 drawn[0] = partial(rows.drawn, epochs, dataset.losers)
-            if dataset.has_sources and rows.crops is None:  # crops repeat their flips, but not dropped prompts
+            if dataset.has_sources:
                 edits = drawn_edits(dataset, epochs, digests)
                 drawn[1] = lambda _: edits
         return _Cache(
