@@ -198,6 +198,14 @@ def test_permuted_losers_are_encoded_as_the_epochs_draw_them(make_trainer, make_
     assert_equal_batches(live, make_cached(max_steps=30, **given), range(10))
 
 
+def test_liked_images_are_each_others_losers_cached_as_live_even_if_all_are_verified(make_trainer, make_cached):
+    """Verified pairs of images that are not permuted are matched anew."""
+    rows = [{"prompt": f"p {i // 2}", "image": picture(10 * i), "label": i % 2} for i in range(16)]
+    given = {"train": datasets.Dataset.from_list(rows), "losers": "permute", "dataset_format": "single_images"}
+    given |= {"verify_images": "all", "per_device_train_batch_size": 4}
+    assert_equal_batches(make_trainer(**given), make_cached(max_steps=2, **given), [0])
+
+
 def test_losers_in_place_of_undecodable_ones_are_encoded_too(make_trainer, make_cached, make_pairs, tmp_path):
     """Even if another run has found them undecodable."""
     pairs = with_spoiled(make_pairs(8), tmp_path).select_columns(["prompt", "chosen"])

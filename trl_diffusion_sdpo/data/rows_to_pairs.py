@@ -216,7 +216,7 @@ def _drop_bad_images(
     sizes, reasons = source.examine_images(
         pairs.positions, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
     )
-    if all(row_format.single_images for row_format in source.formats):
+    if not options.permutes and all(row_format.single_images for row_format in source.formats):
         return _drop_bad_single_images(source, pairs, sizes, reasons, options, report)
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
