@@ -93,6 +93,22 @@ def test_each_noise_bin_has_its_own_lambda(build):
     assert trainer.state.log_history[0]["safeguard/scale"] == pytest.approx(float(scales.mean()), rel=1e-4)
 
 
+def test_a_batch_in_which_no_pair_of_any_process_counts_leaves_the_loss_of_kto_alone(build):
+    """Such as the last one of a stream whose last pair cannot be decoded in any process."""
+    trainer = build("none", loss_type="kto")
+    trainer.pair_forward._average = torch.clone  # all processes have the same
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    measured = []
+    for counts in ([4], [4, 0]):
+        with torch.no_grad():
+            predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
+            trainer._evaluation.begin(trainer.train_dataset, "eval", before_training=False)
+            for real in counts:
+                trainer._evaluation.add([predictions], real)
+        measured.append(trainer._evaluation.drain(trainer.accelerator)["loss"])
+    assert measured[0] == measured[1]
+
+
 @pytest.mark.parametrize("real", [0, 3, 4])
 def test_kto_is_evaluated_against_the_pairs_of_all_processes_that_count(build, real):
     """Another process has 2 pairs, with a mean gain of 0.5. Each process asks the others once a batch."""

@@ -290,7 +290,7 @@ class PairForward:
 
         def weighted(mean: torch.Tensor) -> torch.Tensor:
             total, pairs = average(torch.stack([mean * counted, torch.full_like(mean, counted)]))
-            return total / pairs
+            return total / pairs.clamp(min=torch.finfo(pairs.dtype).tiny)  # none count if all are repetitions
 
         return weighted
 
