@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_pairs import JUNK, canonical, items_of, png, prepare
+from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.data import PairMixture, single_images
@@ -252,7 +253,11 @@ def test_captions_with_other_verdicts_still_take_losers_from_other_prompts():
         (judged([1, 0]), {"needs_scores": "`smpo`"}, "`smpo` needs pairs whose images both have a score"),
         (judged([1, 2], "score").to_iterable_dataset(), {}, "need `score_threshold` in a stream.*Set it"),
         (judged([1, 0], source_image=png()).to_iterable_dataset(), {}, "Streams cannot have a `source` column"),
-        (judged([1, 1]).to_iterable_dataset(), {"repeat": True}, "no pair.*2 unmatched.*row 0: .* so far are liked"),
+        (
+            judged([1, 1]).to_iterable_dataset(),
+            {"repeat": True},
+            "images of the train stream.* are all liked. Shuffle",
+        ),
         (judged([1, 0], score=0.5), {"score_distances": True}, "`tgo_distance_weight` needs.*or have a `label`"),
         (canonical(), {"score_distances": True}, "`tgo_distance_weight` needs.*format canonical"),
         (
@@ -352,6 +357,21 @@ def test_a_stream_of_one_kind_says_so_after_so_many_rows(monkeypatch):
         next(iter(stream([0] * 1000)))
     assert len(read) < 40
     assert next(iter(stream([0] * 29 + [1])))["prompt"] == "p 29"
+
+
+def test_workers_whose_shares_have_one_kind_each_say_so():
+    """Both would drop all of their images, and the run would end before its first step."""
+
+    def rows(verdicts):
+        for verdict in verdicts:
+            for i in range(20):
+                yield {"prompt": f"p {i}", "image": png(i + 1), "label": verdict}
+
+    stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"verdicts": [1, 0]})
+    loader = DataLoader(prepare(stream, repeat=True), batch_size=None, num_workers=2)
+    with pytest.raises(ValueError, match="share of a process or worker, are all liked. Shuffle"):
+        next(iter(loader))
+    assert next(iter(prepare(stream, repeat=True)))["seed"]  # one reader has both
 
 
 @pytest.mark.parametrize(

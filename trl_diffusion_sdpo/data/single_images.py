@@ -83,7 +83,7 @@ def match_in_order(
         reject (`Callable`): Is called for images without a pair, and as by [`match_images`].
 
     Raises:
-        `BadDataError`: If the first `ONE_KIND` images are all liked, or all disliked.
+        `BadDataError`: If the first `ONE_KIND` images, or all of fewer, are liked, or disliked.
     """
     waiting: dict[bool, deque[NumberedRow]] = {True: deque(), False: deque()}
     used: dict[bool, deque[NumberedRow]] = {True: deque(maxlen=WAITING), False: deque(maxlen=WAITING)}
@@ -109,15 +109,21 @@ def match_in_order(
         if len(waiting[is_liked]) > WAITING:
             yield from matched(waiting[is_liked].popleft(), is_liked)
         if number == ONE_KIND and not used[is_liked]:
-            raise BadDataError(
-                f"Single images of a stream are matched as they come, so liked and disliked ones must be mixed. The "
-                f"first {ONE_KIND} images of the {name} stream, or of a worker's share, are all "
-                f"{'liked' if is_liked else 'disliked'}. Shuffle the rows before you write them, set another "
-                "`score_threshold` if they have scores, or load the data without `streaming=True`."
-            )
+            raise _one_kind(f"The first {ONE_KIND}", name, is_liked)
     for is_liked, images in waiting.items():
+        if images and not used[is_liked]:
+            raise _one_kind("The", name, is_liked)
         for image in images:
             yield from matched(image, is_liked)
+
+
+def _one_kind(images: str, name: str, is_liked: bool) -> BadDataError:
+    return BadDataError(
+        "Single images of a stream are matched as they come, so liked and disliked ones must be mixed. "
+        f"{images} images of the {name} stream, or of the share of a process or worker, are all "
+        f"{'liked' if is_liked else 'disliked'}. Shuffle the rows before you write them, set another "
+        "`score_threshold` if they have scores, or load the data without `streaming=True`."
+    )
 
 
 def class_names(row_format: PreferenceFormat, features: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
