@@ -146,6 +146,17 @@ def test_labels_that_a_function_draws_anew_have_another_index(made):
     assert found[0] != found[1] and len(made) == 2
 
 
+def test_prompts_that_a_function_draws_anew_have_other_tables_of_a_cache():
+    """Otherwise, no start would ever find the new prompts."""
+    for caption in ("a", "b"):
+        data = pickapic([1.0]).map(
+            lambda row, caption=caption: {"caption": caption}, load_from_cache_file=False, new_fingerprint="the same"
+        )
+        pairs = prepare_dataset(data, OPTIONS)
+        _, digests = rows_and_digests(pairs, 1, pairs.fingerprint(thorough=True))
+        assert digests.tolist() == sorted(map(digest_of, ("", caption)))
+
+
 @pytest.mark.parametrize("damage", ["no facts", "cut positions", "cut facts"])
 def test_an_index_that_is_not_whole_is_made_anew(cache, damage, made):
     first = prepared(pickapic([1.0, 0.0]))

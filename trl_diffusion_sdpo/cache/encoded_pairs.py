@@ -150,9 +150,12 @@ def rows_and_digests(dataset: PreferenceDataset, crops: int, data: Mapping[str, 
         rows = ImageRows.of(dataset, crops)
         return {"images": rows.images, "digests": sorted_by_hash(texts_of(dataset))[1]}, rows.count
 
-    key = {"data": data, "augmentations": dataset.augmentations, "crops": crops, "loser's": dataset.has_loser_prompts}
+    def key() -> list[Any]:
+        labels = [table.label_key for table in dataset.source.tables]
+        return [data, labels, dataset.augmentations, crops, dataset.has_loser_prompts]
+
     rows = 0 if dataset.has_sources else len(dataset)  # edits depend on more than the key
-    arrays, count = kept_arrays(lambda: key, rows, make)
+    arrays, count = kept_arrays(key, rows, make)
     flips, random_crops = dataset.augmentations
     images = ImageRows(dataset.seed, arrays["images"], count, flips, crops if random_crops else None)
     return images, arrays["digests"]

@@ -228,9 +228,10 @@ class TableSource:
                     digest.update(f"{name} {facts_if_there(name)}\n".encode("utf-8", "surrogatepass"))
         return {"prompts": dataset_fingerprint(self.labels), "images": short(digest)}
 
+    @functools.cached_property
     def label_key(self) -> list[Any]:
-        """Return what the index of the rows depends on, as values for JSON: the values themselves, because their
-        fingerprint may stay the same where `map` computes others."""
+        """What the index of the rows and their prompts depend on, as values for JSON: the values themselves, because
+        their fingerprint may stay the same where `map` computes others."""
         digest = hashlib.blake2b()
         for rows in self.labels.with_format("arrow").iter(batch_size=HASHED_ROWS):
             for batch in rows.combine_chunks().to_batches():
@@ -302,12 +303,11 @@ class PairSource:
     def scores_from_threshold(self, positions: np.ndarray) -> np.ndarray:
         """Return how far the scores of single images are above the threshold of their data set, `(P, 2)`, for pairs at
         `positions` `(P, 4)`."""
-        scores = [numbers_of_rows(table.values("score"), "score")[0][:, 0] for table in self.tables]
-        thresholds = [
-            row_format.score_threshold or 0.0 for row_format in self.formats
-        ]  # unset if no score is readable
-        above = np.concatenate([of_table - least for of_table, least in zip(scores, thresholds, strict=True)])
-        return above[positions[:, [0, 2]]]
+        above = []
+        for table in self.tables:
+            least = table.format.score_threshold or 0.0  # unset if no score is readable
+            above.append(numbers_of_rows(table.values("score"), "score")[0][:, 0] - least)
+        return np.concatenate(above)[positions[:, [0, 2]]]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of `rows` without reading images. `image` (0 or 1) selects the image if each has its own
@@ -389,7 +389,7 @@ class PairSource:
         dropped rows and pairs. Those of large data sets are kept for later starts."""
 
         def key() -> list[Any]:
-            return [[table.label_key() for table in self.tables], self._weights, self._number_columns]
+            return [[table.label_key for table in self.tables], self._weights, self._number_columns]
 
         return kept_index(key, len(self), self._index_pairs, reject)
 

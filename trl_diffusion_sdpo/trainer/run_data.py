@@ -48,7 +48,7 @@ class PairPreparation:
         self._loss = loss
         self._family = family
         self._encoding = encoding
-        self._threshold: float | None = None  # median score of the training images, by which held-out ones are judged
+        self._threshold: float | None = None  # that of the training images, by which held-out ones are judged
         self._own: WeakSet[Pairs] = WeakSet()  # data sets that this object has prepared
 
     def has_prepared(self, dataset: Any) -> bool:
