@@ -423,7 +423,7 @@ class PreferenceDataset(Pairs):
 
     @property
     def losers(self) -> PermutedLosers | None:
-        """What chooses losers from other pairs, or `None` if each pair has its own."""
+        """Chooser of losers from other pairs, or `None` if each pair has its own."""
         return self._losers
 
     @property

@@ -230,8 +230,8 @@ class TableSource:
 
     @functools.cached_property
     def label_key(self) -> list[Any]:
-        """What the index of the rows and their prompts depend on, as values for JSON: the values themselves, because
-        their fingerprint may stay the same where `map` computes others."""
+        """Key of the rows' index and prompts, as values for JSON. It hashes the values themselves: their fingerprint
+        may stay the same where `map` computes others."""
         digest = hashlib.blake2b()
         for rows in self.labels.with_format("arrow").iter(batch_size=HASHED_ROWS):
             for batch in rows.combine_chunks().to_batches():
